@@ -1,0 +1,400 @@
+"""WBLI — Hua, Liu, Zhang & Dong, "Bidirectional learned inference based on Wasserstein distance", 2020
+
+J. Hebei University (Nat. Sci.) 40(3):328–336, https://doi.org/10.3969/j.issn.1000-1565.2020.03.015
+
+Generator and encoder minimise the Wasserstein distance of two joint distributions: data with their codes, and
+samples with their z. At zero each is the other's inverse, though no reconstruction term says so:
+
+    min_{G,E} max_F  W = E_x F(x, E(x)) − E_z F(G(z), z)     over 1-Lipschitz F
+
+Differs from the paper: only its abstract is public. It implies this objective; chosen here are
+    networks     DCGAN's, E without batch norm; F: a tower for x, one for z, and an mlp over both
+    constraint   WGAN-GP's penalty, λ 10, on the joint gradient, or with --constraint clip WGAN's weights
+    settings     5 critic steps, batch 64, z 16; Adam 5e-4 (0.5, 0.9); with clip RMSProp 5e-5, c 0.01
+
+    python wbli.py --width 16 --steps 1000    # minutes on a CPU, without a download
+    python wbli.py --dataset mnist
+    python wbli.py --resume runs/wbli-mnist --steps 40000
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common import as_float, load_data, sample_batch, save_grid
+
+# Networks
+
+
+def conv_widths(shape, width):
+    """Channels of a conv net's layers from the image inwards, one for each halving down to 4×4 pixels."""
+    layers = max(1, round(math.log2(shape[-1] / 4)))
+    if len(shape) != 3 or shape[-1] != 4 * 2**layers:
+        raise ValueError(f"a conv network takes 8, 16, 32, 64, … pixels, not {shape[-1]}; an mlp takes any")
+    return [width * 2**i for i in range(layers)]
+
+
+class Generator(nn.Sequential):
+    """z (N, z_dim) → x (N, C, S, S) in [−1, 1]; `plain`: no batch norm and `width` channels everywhere."""
+
+    def __init__(self, shape, z_dim, width, plain=False):
+        widths = conv_widths(shape, width)[::-1]
+        widths = [width] * len(widths) if plain else widths
+        layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4)]
+        for n_in, n_out in pairwise([*widths, shape[0]]):
+            layers += [nn.Identity() if plain else nn.BatchNorm2d(n_in), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)]
+        super().__init__(*layers, nn.Tanh())
+
+
+class Encoder(nn.Sequential):
+    """x (N, C, S, S) → (N, n_out), `width` channels next to the image; `norm`: batch norm behind them."""
+
+    def __init__(self, shape, n_out, width, norm):
+        widths = conv_widths(shape, width)
+        layers = [nn.Conv2d(shape[0], width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for n, m in pairwise(widths):
+            layers += [nn.Conv2d(n, m, 4, stride=2, padding=1)]
+            layers += [nn.BatchNorm2d(m) if norm else nn.Identity(), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(16 * widths[-1], n_out))
+
+
+class Joint(nn.Module):
+    """(x, z) → a score (N,), from features of x, of z and, which makes E and G align early, their product."""
+
+    def __init__(self, x_tower, z_dim, units):
+        super().__init__()
+        self.x_tower, self.z_tower = x_tower, mlp(z_dim, units, units, layers=1)
+        self.head = nn.Sequential(mlp(3 * units, 1, units, layers=2), nn.Flatten(0))
+
+    def forward(self, x, z):
+        a, b = self.x_tower(x), self.z_tower(z)
+        return self.head(torch.cat([a, b, a * b], dim=1))
+
+
+def mlp(n_in, n_out, units, layers=3, norm=False, slope=0.2):
+    """(N, …) → (N, n_out) through `layers` hidden layers of LeakyReLU(slope); slope 0 is a ReLU."""
+    hidden = [nn.Flatten()]
+    for a, b in pairwise([n_in] + [units] * layers):
+        hidden += [nn.Linear(a, b), nn.BatchNorm1d(b) if norm else nn.Identity(), nn.LeakyReLU(slope)]
+    return nn.Sequential(*hidden, nn.Linear(units, n_out))
+
+
+# Objective
+
+
+def critic_loss(f_real, f_fake):
+    """F maximises the W estimate E F(x, E(x)) − E F(G(z), z): minimise its negative. Scores of shape (N,)."""
+    return f_fake.mean() - f_real.mean()
+
+
+def generator_encoder_loss(f_real, f_fake):
+    """G and E minimise E F(x, E(x)) − E F(G(z), z), the W estimate itself. Scores of shape (N,)."""
+    return f_real.mean() - f_fake.mean()
+
+
+def gradient_penalty(critic, x, z_hat, x_fake, z):
+    """E (‖∇F(x̂, ẑ)‖₂ − 1)², the gradient by both, at (x̂, ẑ) = ε(x, E(x)) + (1 − ε)(G(z), z), ε ~ U[0, 1]."""
+    epsilon = torch.rand(len(x), 1, dtype=x.dtype, device=x.device)
+    z_mixed = (epsilon * z_hat + (1 - epsilon) * z).detach().requires_grad_()
+    epsilon = epsilon.view(-1, *[1] * (x.dim() - 1))
+    x_mixed = (epsilon * x + (1 - epsilon) * x_fake).detach().requires_grad_()
+    f_mixed = critic(x_mixed, z_mixed).sum()
+    gradients = torch.autograd.grad(f_mixed, (x_mixed, z_mixed), create_graph=True)
+    norms = torch.linalg.vector_norm(torch.cat([part.flatten(1) for part in gradients], dim=1), dim=1)
+    return (norms - 1).square().mean()
+
+
+@torch.no_grad()
+def clip_weights(critic, c):
+    """Clip every weight of the critic to [−c, c], in place: bounded weights bound the Lipschitz constant."""
+    for weight in critic.parameters():
+        weight.clamp_(-c, c)
+
+
+# Training
+
+
+def networks(config):
+    """{"generator": z → x, "encoder": x → z, "critic": (x, z) → F}; ValueError for a size it cannot take."""
+    shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
+    if config.network == "mlp":
+        squash, style = nn.Tanh() if len(shape) == 3 else nn.Identity(), {"norm": len(shape) == 3, "slope": 0}
+        generator = nn.Sequential(mlp(z_dim, size, units, **style), squash, nn.Unflatten(1, shape))
+        encoder = mlp(size, z_dim, units, **style)
+        critic = Joint(mlp(size, units, units, layers=1), z_dim, units)
+    else:
+        generator = Generator(shape, z_dim, config.width)
+        encoder = Encoder(shape, z_dim, config.width, norm=False)
+        critic = Joint(Encoder(shape, 2 * units, config.width, norm=False), z_dim, 2 * units)
+    return {"generator": generator, "encoder": encoder, "critic": critic}
+
+
+def draw_z(n, config, device):
+    """n draws from the prior N(0, I): (n, z_dim)."""
+    return torch.randn(n, config.z_dim, device=device)
+
+
+def generate(nets, z):
+    """z (N, z_dim) → x_fake (N, *shape), images in [−1, 1]."""
+    return nets["generator"](z)
+
+
+def encode(nets, x):
+    """x (N, *shape), images in [−1, 1] → z_hat (N, z_dim)."""
+    return nets["encoder"](x)
+
+
+def features(nets, x):
+    """x (N, *shape) → the encoder's last hidden layer, (N, features)."""
+    return nn.Sequential(*list(nets["encoder"])[:-1])(x)
+
+
+def train(config, x_train, x_test, saved=None):
+    """Train on x_train, as load_data gives it, into config.out, from the checkpoint `saved` if any."""
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    nets = nn.ModuleDict(networks(config)).to(device, memory_format=torch.channels_last)
+    generator, encoder, critic = nets["generator"], nets["encoder"], nets["critic"]
+    clip, settings = config.constraint == "clip", {"lr": config.lr, "capturable": device.type == "cuda"}
+    settings |= {"foreach": True} if clip else {"betas": (0.5, 0.9), "fused": True}
+    rule = torch.optim.RMSprop if clip else torch.optim.Adam
+    optimizers = {name: rule(net.parameters(), **settings) for name, net in nets.items()}
+
+    def update(loss, *names):  # these networks; the others get no gradient, nor the work of one
+        loss.backward(inputs=[weight for name in names for weight in nets[name].parameters()])
+        for name in names:
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+
+    def critic_step():
+        x = sample_batch(x_train, config.batch_size).to(device)
+        z = draw_z(config.batch_size, config, device)
+        with torch.no_grad():
+            x_fake, z_hat = generator(z), encoder(x)
+        loss = critic_loss(critic(x, z_hat), critic(x_fake, z))
+        penalty = torch.zeros_like(loss) if clip else gradient_penalty(critic, x, z_hat, x_fake, z)
+        update(loss + config.gp_weight * penalty, "critic")
+        if clip:
+            clip_weights(critic, config.clip)
+        return {"W": -loss.detach(), "penalty": penalty.detach()}
+
+    def generator_encoder_step():
+        x = sample_batch(x_train, config.batch_size).to(device)
+        z = draw_z(config.batch_size, config, device)
+        loss = generator_encoder_loss(critic(x, encoder(x)), critic(generator(z), z))
+        update(loss, "generator", "encoder")
+        return {"generator_encoder_loss": loss.detach()}
+
+    def iteration():
+        for _ in range(config.critic_steps):
+            metrics = critic_step()
+        return metrics | generator_encoder_step()
+
+    def pictures(z):
+        x = as_float(x_test[: len(z) // 2]).to(device)
+        pairs = torch.stack([x, generate(nets, encode(nets, x))], dim=1)
+        return {"samples": (generate(nets, z), 8), "reconstructions": (pairs, 8)}
+
+    run(config, nets, optimizers, iteration, pictures, saved, device)
+
+
+# Running: this model's defaults and flags; from `run` on the same in every model file
+
+DEFAULTS = {"model": "wbli", "prior": "normal", "batch_size": 64, "z_dim": 16, "width": 64, "lr": 5e-4}
+DEFAULTS |= {"critic_steps": 5, "constraint": "gp", "gp_weight": 10, "clip": 0.01}
+TOY = {"network": "mlp", "z_dim": 2, "batch_size": 256}  # as in WGAN-GP's toy script
+VARIANTS = {"constraint": {"clip": {"lr": 5e-5}}, "dataset": {"ring": TOY, "grid": TOY, "swissroll": TOY}}
+ABOVE = {"batch_size": 1, "seed": -1}  # all numbers have to be above 0, but these
+
+
+def add_flags(flag):
+    """The model's own flags."""
+    flag("--critic-steps", type=int, help="critic updates for each generator update")
+    flag("--constraint", choices=("gp", "clip"), help="what keeps the critic Lipschitz")
+    flag("--gp-weight", type=float, help="λ, the weight of the gradient penalty")
+    flag("--clip", type=float, help="c: with clip the critic's weights stay in [−c, c]")
+
+
+def run(config, nets, optimizers, iteration, pictures, saved, device):
+    """Call `iteration` up to config.steps, from `saved` on; log, draw and save into config.out meanwhile."""
+    out, first = Path(config.out), saved["step"] if saved else 0
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
+    if saved:
+        fixed_z = saved["fixed_z"].to(device)
+        restore(saved, nets, optimizers, device, out / "metrics.csv")
+    else:
+        (out / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+        fixed_z = draw_z(64 if len(config.shape) == 3 else 2500, config, device)
+        save(0, config, nets, optimizers, fixed_z)
+    broken = torch.zeros((), device=device)  # the step since which each number is not finite, or 0
+    both, signals = (signal.SIGINT, signal.SIGTERM), []  # they end the run, after the running step
+    handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number)) for kind in both}
+    line = "step {n} of {total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"  # without a terminal
+    style = {} if sys.stderr.isatty() else {"mininterval": math.inf, "bar_format": line}
+    bar = tqdm(initial=first, total=config.steps, **style)
+    for step in range(first + 1, config.steps + 1):
+        metrics = iteration()
+        values = torch.stack(list(metrics.values()))
+        broken = torch.where(values.isfinite() | (broken > 0), broken, step)
+        bar.update()
+        last = step == config.steps or bool(signals)
+        log, draw, keep = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
+        if not (log or draw or keep or last):
+            continue
+        for name, since in zip(metrics, broken.tolist(), strict=True):
+            if since:
+                fail(f"{name} is not finite since step {since:.0f}; the checkpoint in {out} is older", code=1)
+        if log:
+            numbers = {name: f"{value:.6g}" for name, value in zip(metrics, values.tolist(), strict=True)}
+            with open(out / "metrics.csv", "a") as file:
+                header = "" if file.tell() else ",".join(["step", *numbers]) + "\n"
+                file.write(header + ",".join([str(step), *numbers.values()]) + "\n")
+            bar.set_postfix(numbers)
+        if draw or last:
+            nets.eval()
+            with torch.no_grad():
+                for name, (x, columns) in pictures(fixed_z).items():
+                    save_grid(x, out / name / f"{step:07d}.png", columns)
+            nets.train()
+        if keep or last:
+            save(step, config, nets, optimizers, fixed_z)
+        if last and signals:
+            print(f"stopped after step {step}; go on with --resume {out}", file=sys.stderr)
+            sys.exit(128 + signals[0])
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
+
+
+def save(step, config, nets, optimizers, fixed_z):
+    """Replace checkpoint.pt in one move: killed at any moment, or on a full disk, a whole one is left."""
+    path = Path(config.out) / "checkpoint.pt"
+    saved = {"model": config.model, "step": step, "fixed_z": fixed_z, "rng": {"cpu": torch.get_rng_state()}}
+    if fixed_z.is_cuda:
+        saved["rng"]["cuda"] = torch.cuda.get_rng_state()
+    saved["config"] = {name: value for name, value in vars(config).items() if name not in ("out", "resume")}
+    saved["networks"] = {name: net.state_dict() for name, net in nets.items()}
+    saved["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(saved, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def restore(saved, nets, optimizers, device, metrics):
+    """Put networks, optimisers, random states and metrics.csv back to where `saved` has them."""
+    for name, net in nets.items():
+        net.load_state_dict(saved["networks"][name])
+    for name, optimizer in optimizers.items():  # the moments alone: its flags are this device's
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizers"][name]["state"]})
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if device.type == "cuda" and "cuda" in saved["rng"]:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    if metrics.exists():  # a killed run logged more than it saved, the last row perhaps in part
+        header, *rows = metrics.read_text().splitlines(keepends=True)
+        rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= saved["step"]]
+        metrics.write_text(header + "".join(rows))
+
+
+def load_checkpoint(config, argv):
+    """The checkpoint of the run config.resume, and its flags with argv's; ValueError if they disagree."""
+    path = Path(config.resume) / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        flags = saved["config"] | {"out": config.resume, "device": config.device}
+        if saved["model"] != config.model:
+            raise ValueError
+    except Exception as error:  # what a truncated or foreign file raises has no common class
+        raise ValueError(f"{path} is missing, damaged or not of {config.model}.py") from error
+    config = parse_args(argv, flags)
+    for name, value in flags.items():
+        now, free = getattr(config, name), ("data_dir", "log_every", "sample_every", "save_every")
+        if now < value if name == "steps" else now != value and name not in free:
+            raise ValueError(f"--{name.replace('_', '-')} {now}: the run in {config.resume} has {value}")
+    return saved, config
+
+
+def fail(message, code=2):
+    """One line on stderr, and out."""
+    print(f"{DEFAULTS['model']}.py: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse_args(argv=None, saved=None):
+    """The flags; `saved`, those of the run that is resumed, take the place of the defaults."""
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.error, flag = fail, parser.add_argument
+    flag("--dataset", default="glyphs", help="a name (README.md, Data) or a folder of pictures")
+    flag("--data-dir", default="data", help="where data sets are found, downloaded to and cached")
+    flag("--image-size", type=int, default=32, help="pixels; 8, 16, 32, 64, … for a conv network")
+    flag("--out", help="the run's folder, runs/<model>-<dataset> unless given")
+    flag("--resume", metavar="RUN", help="go on with the run in this folder")
+    flag("--steps", type=int, default=20000, help="generator updates in all")
+    flag("--batch-size", type=int, help="samples in a batch")
+    flag("--z-dim", type=int, help="dimensions of z")
+    flag("--width", type=int, help="channels next to the image; layers of an mlp have 8 × width units")
+    flag("--network", choices=("conv", "mlp"), default="conv", help="kind of all networks")
+    flag("--lr", type=float, help="learning rate")
+    flag("--seed", type=int, default=0, help="fixes everything random")
+    flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU if any")
+    flag("--log-every", type=int, default=50, help="steps from row to row of metrics.csv")
+    flag("--sample-every", type=int, default=500, help="steps from picture to picture")
+    flag("--save-every", type=int, default=1000, help="steps from checkpoint to checkpoint")
+    add_flags(flag)
+    parser.set_defaults(**DEFAULTS)
+    chosen = parser.parse_args(argv)
+    for name, changes in VARIANTS.items():
+        parser.set_defaults(**changes.get(getattr(chosen, name), {}))
+    parser.set_defaults(**(saved or {}))
+    config = parser.parse_args(argv)
+    for name, value in vars(config).items():
+        if isinstance(value, int | float) and not ABOVE.get(name, 0) < value < math.inf:
+            fail(f"--{name.replace('_', '-')} {value}: it takes a number above {ABOVE.get(name, 0)}")
+    gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    config.device = gpu if config.device == "auto" else config.device
+    if config.device not in ("cpu", gpu):
+        fail(f"--device {config.device}: PyTorch finds none on this machine")
+    config.out = config.out or f"runs/{config.model}-{Path(config.dataset).name}"
+    return config
+
+
+def main(argv=None):
+    """Train as the flags say. A user's mistake is one line and exit code 2; a bug keeps its traceback."""
+    config, saved = parse_args(argv), None
+    try:
+        if config.resume:
+            saved, config = load_checkpoint(config, argv)
+            if saved["step"] >= config.steps:
+                return print(f"{config.out} is finished, with {saved['step']} steps; --steps makes it go on")
+        elif Path(config.out, "checkpoint.pt").exists():
+            raise ValueError(f"{config.out} holds a run: continue it with --resume, or choose another --out")
+        if config.device == "cpu":
+            print("without a GPU: --width 16 --steps 1000 takes minutes, the defaults hours", file=sys.stderr)
+        config.shape = [2] if config.dataset in VARIANTS["dataset"] else [3] + 2 * [config.image_size]
+        with torch.device("meta"):  # a size that they cannot take is told before the data are read
+            networks(config)
+        x_train, _ = load_data(config.dataset, config.data_dir, "train", config.image_size, config.device)
+        x_test, _ = load_data(config.dataset, config.data_dir, "test", config.image_size, config.device)
+        config.shape = list(x_train.shape[1:])
+    except (OSError, ValueError) as error:
+        fail(error)
+    try:
+        train(config, x_train, x_test, saved)
+    except OSError as error:  # no place or no right to write
+        fail(f"{error}; what {config.out} held is whole")
+
+
+if __name__ == "__main__":
+    main()
