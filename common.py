@@ -1,7 +1,7 @@
 """Loading data and drawing batches, saving picture grids; nothing else.
 
 A data set is one tensor, indexed at random: bytes for pictures, floats for 2-D points. There are no epochs,
-no workers and no augmentation. For use are `load_data`, `sample_batch`, `as_float` and `save_grid`.
+no workers and no augmentation. `load_data`, `sample_batch`, `as_float` and `save_grid` are public.
 """
 
 import contextlib
@@ -260,6 +260,7 @@ def load_stacked_mnist(data_dir, split, image_size):
 
 
 def load_cifar10(data_dir, split, image_size):
+    """Objects of ten classes, 32×32 in colour."""
     by_hand = f"put cifar-10-python.tar.gz into {data_dir}"
     data = download("CIFAR10", data_dir, by_hand, train=split == "train")
     x = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
@@ -360,7 +361,9 @@ def decode(folder, names, image_size, cache):
                         file.write(picture.tobytes())
         n = len(names) - len(skipped)
         if n == 0:
-            raise ValueError(f"no picture of {len(names)} in {folder} can be read; give a folder with some")
+            raise ValueError(
+                f"all {len(names)} pictures in {folder} are broken; name a folder with good ones"
+            )
         rgb = np.memmap(f"{scratch}/rgb", np.uint8, "r", shape=(n, 3, image_size, image_size))
         whole = Path(scratch, "whole")
         whole.mkdir()

@@ -1,5 +1,4 @@
 """WBLI — Hua, Liu, Zhang & Dong, "Bidirectional learned inference based on Wasserstein distance", 2020
-
 J. Hebei University (Nat. Sci.) 40(3):328–336, https://doi.org/10.3969/j.issn.1000-1565.2020.03.015
 
 Generator and encoder minimise the Wasserstein distance of two joint distributions: data with their codes, and
@@ -78,7 +77,8 @@ class Joint(nn.Module):
 
     def forward(self, x, z):
         a, b = self.x_tower(x), self.z_tower(z)
-        return self.head(torch.cat([a, b, a * b], dim=1))
+        sides = nn.functional.leaky_relu(torch.cat([a, b], dim=1), 0.2)
+        return self.head(torch.cat([sides, a * b], dim=1))
 
 
 def mlp(n_in, n_out, units, layers=3, norm=False, slope=0.2):
@@ -128,9 +128,9 @@ def networks(config):
     """{"generator": z → x, "encoder": x → z, "critic": (x, z) → F}; ValueError for a size it cannot take."""
     shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
     if config.network == "mlp":
-        squash, style = nn.Tanh() if len(shape) == 3 else nn.Identity(), {"norm": len(shape) == 3, "slope": 0}
-        generator = nn.Sequential(mlp(z_dim, size, units, **style), squash, nn.Unflatten(1, shape))
-        encoder = mlp(size, z_dim, units, **style)
+        images, squash = (True, nn.Tanh()) if len(shape) == 3 else (False, nn.Identity())
+        decoder = mlp(z_dim, size, units, norm=images, slope=0)
+        generator, encoder = nn.Sequential(decoder, squash, nn.Unflatten(1, shape)), mlp(size, z_dim, units)
         critic = Joint(mlp(size, units, units, layers=1), z_dim, units)
     else:
         generator = Generator(shape, z_dim, config.width)
