@@ -13,7 +13,6 @@ Differs from the paper: only its abstract is public. It implies this objective; 
 
     python wbli.py --width 16 --steps 1000    # minutes on a CPU, without a download
     python wbli.py --dataset mnist
-    python wbli.py --resume runs/wbli-mnist --steps 40000
 """
 
 import json
@@ -108,8 +107,7 @@ def gradient_penalty(critic, x, z_hat, x_fake, z):
     z_mixed = (epsilon * z_hat + (1 - epsilon) * z).detach().requires_grad_()
     epsilon = epsilon.view(-1, *[1] * (x.dim() - 1))
     x_mixed = (epsilon * x + (1 - epsilon) * x_fake).detach().requires_grad_()
-    f_mixed = critic(x_mixed, z_mixed).sum()
-    gradients = torch.autograd.grad(f_mixed, (x_mixed, z_mixed), create_graph=True)
+    gradients = torch.autograd.grad(critic(x_mixed, z_mixed).sum(), (x_mixed, z_mixed), create_graph=True)
     norms = torch.linalg.vector_norm(torch.cat([part.flatten(1) for part in gradients], dim=1), dim=1)
     return (norms - 1).square().mean()
 
@@ -212,7 +210,7 @@ def train(config, x_train, x_test, saved=None):
 
 DEFAULTS = {"model": "wbli", "prior": "normal", "batch_size": 64, "z_dim": 16, "width": 64, "lr": 5e-4}
 DEFAULTS |= {"critic_steps": 5, "constraint": "gp", "gp_weight": 10, "clip": 0.01}
-TOY = {"network": "mlp", "z_dim": 2, "batch_size": 256}  # as in WGAN-GP's toy script
+TOY = {"network": "mlp", "z_dim": 2, "batch_size": 256, "gp_weight": 1}  # WGAN-GP's toy script, but for λ
 VARIANTS = {"constraint": {"clip": {"lr": 5e-5}}, "dataset": {"ring": TOY, "grid": TOY, "swissroll": TOY}}
 ABOVE = {"batch_size": 1, "seed": -1}  # all numbers have to be above 0, but these
 
@@ -238,7 +236,9 @@ def run(config, nets, optimizers, iteration, pictures, saved, device):
         (out / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
         fixed_z = draw_z(64 if len(config.shape) == 3 else 2500, config, device)
         save(0, config, nets, optimizers, fixed_z)
-    broken = torch.zeros((), device=device)  # the step since which each number is not finite, or 0
+    if device.type == "cpu":
+        print("without a GPU: --width 16 --steps 1000 takes minutes, the defaults hours", file=sys.stderr)
+    broken = torch.zeros((), device=device)  # since which step each number is not finite
     both, signals = (signal.SIGINT, signal.SIGTERM), []  # they end the run, after the running step
     handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number)) for kind in both}
     line = "step {n} of {total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"  # without a terminal
@@ -253,9 +253,9 @@ def run(config, nets, optimizers, iteration, pictures, saved, device):
         log, draw, keep = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
         if not (log or draw or keep or last):
             continue
-        for name, since in zip(metrics, broken.tolist(), strict=True):
-            if since:
-                fail(f"{name} is not finite since step {since:.0f}; the checkpoint in {out} is older", code=1)
+        at, name = min((at or math.inf, name) for at, name in zip(broken.tolist(), metrics, strict=True))
+        if at < math.inf:
+            fail(f"{name} was not finite at step {at:.0f}; the checkpoint in {out} is from before", code=1)
         if log:
             numbers = {name: f"{value:.6g}" for name, value in zip(metrics, values.tolist(), strict=True)}
             with open(out / "metrics.csv", "a") as file:
@@ -271,7 +271,7 @@ def run(config, nets, optimizers, iteration, pictures, saved, device):
         if keep or last:
             save(step, config, nets, optimizers, fixed_z)
         if last and signals:
-            print(f"stopped after step {step}; go on with --resume {out}", file=sys.stderr)
+            tqdm.write(f"stopped after step {step}; go on with --resume {out}", file=sys.stderr)
             sys.exit(128 + signals[0])
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
@@ -303,9 +303,9 @@ def restore(saved, nets, optimizers, device, metrics):
     if device.type == "cuda" and "cuda" in saved["rng"]:
         torch.cuda.set_rng_state(saved["rng"]["cuda"])
     if metrics.exists():  # a killed run logged more than it saved, the last row perhaps in part
-        header, *rows = metrics.read_text().splitlines(keepends=True)
-        rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= saved["step"]]
-        metrics.write_text(header + "".join(rows))
+        rows = [row for row in metrics.read_text().splitlines(keepends=True) if row.endswith("\n")]
+        rows[1:] = [row for row in rows[1:] if int(row.split(",")[0]) <= saved["step"]]
+        metrics.write_text("".join(rows))
 
 
 def load_checkpoint(config, argv):
@@ -313,9 +313,10 @@ def load_checkpoint(config, argv):
     path = Path(config.resume) / "checkpoint.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        flags = saved["config"] | {"out": config.resume, "device": config.device}
-        if saved["model"] != config.model:
+        needed = {"model", "step", "config", "networks", "optimizers", "rng", "fixed_z"}
+        if not needed <= saved.keys() or saved["model"] != config.model:
             raise ValueError
+        flags = saved["config"] | {"out": config.resume, "device": config.device}
     except Exception as error:  # what a truncated or foreign file raises has no common class
         raise ValueError(f"{path} is missing, damaged or not of {config.model}.py") from error
     config = parse_args(argv, flags)
@@ -328,7 +329,7 @@ def load_checkpoint(config, argv):
 
 def fail(message, code=2):
     """One line on stderr, and out."""
-    print(f"{DEFAULTS['model']}.py: error: {message}", file=sys.stderr)
+    tqdm.write(f"{DEFAULTS['model']}.py: error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -360,7 +361,8 @@ def parse_args(argv=None, saved=None):
     parser.set_defaults(**(saved or {}))
     config = parser.parse_args(argv)
     for name, value in vars(config).items():
-        if isinstance(value, int | float) and not ABOVE.get(name, 0) < value < math.inf:
+        limit = 2**63 if isinstance(value, int) else math.inf
+        if isinstance(value, int | float) and not ABOVE.get(name, 0) < value < limit:
             fail(f"--{name.replace('_', '-')} {value}: it takes a number above {ABOVE.get(name, 0)}")
     gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     config.device = gpu if config.device == "auto" else config.device
@@ -380,8 +382,6 @@ def main(argv=None):
                 return print(f"{config.out} is finished, with {saved['step']} steps; --steps makes it go on")
         elif Path(config.out, "checkpoint.pt").exists():
             raise ValueError(f"{config.out} holds a run: continue it with --resume, or choose another --out")
-        if config.device == "cpu":
-            print("without a GPU: --width 16 --steps 1000 takes minutes, the defaults hours", file=sys.stderr)
         config.shape = [2] if config.dataset in VARIANTS["dataset"] else [3] + 2 * [config.image_size]
         with torch.device("meta"):  # a size that they cannot take is told before the data are read
             networks(config)

@@ -204,7 +204,9 @@ def run(config, nets, optimizers, iteration, pictures, saved, device):
         (out / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
         fixed_z = draw_z(64 if len(config.shape) == 3 else 2500, config, device)
         save(0, config, nets, optimizers, fixed_z)
-    broken = torch.zeros((), device=device)  # the step since which each number is not finite, or 0
+    if device.type == "cpu":
+        print("without a GPU: --width 16 --steps 1000 takes minutes, the defaults hours", file=sys.stderr)
+    broken = torch.zeros((), device=device)  # since which step each number is not finite
     both, signals = (signal.SIGINT, signal.SIGTERM), []  # they end the run, after the running step
     handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number)) for kind in both}
     line = "step {n} of {total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"  # without a terminal
@@ -219,9 +221,9 @@ def run(config, nets, optimizers, iteration, pictures, saved, device):
         log, draw, keep = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
         if not (log or draw or keep or last):
             continue
-        for name, since in zip(metrics, broken.tolist(), strict=True):
-            if since:
-                fail(f"{name} is not finite since step {since:.0f}; the checkpoint in {out} is older", code=1)
+        at, name = min((at or math.inf, name) for at, name in zip(broken.tolist(), metrics, strict=True))
+        if at < math.inf:
+            fail(f"{name} was not finite at step {at:.0f}; the checkpoint in {out} is from before", code=1)
         if log:
             numbers = {name: f"{value:.6g}" for name, value in zip(metrics, values.tolist(), strict=True)}
             with open(out / "metrics.csv", "a") as file:
@@ -237,7 +239,7 @@ def run(config, nets, optimizers, iteration, pictures, saved, device):
         if keep or last:
             save(step, config, nets, optimizers, fixed_z)
         if last and signals:
-            print(f"stopped after step {step}; go on with --resume {out}", file=sys.stderr)
+            tqdm.write(f"stopped after step {step}; go on with --resume {out}", file=sys.stderr)
             sys.exit(128 + signals[0])
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
@@ -269,9 +271,9 @@ def restore(saved, nets, optimizers, device, metrics):
     if device.type == "cuda" and "cuda" in saved["rng"]:
         torch.cuda.set_rng_state(saved["rng"]["cuda"])
     if metrics.exists():  # a killed run logged more than it saved, the last row perhaps in part
-        header, *rows = metrics.read_text().splitlines(keepends=True)
-        rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= saved["step"]]
-        metrics.write_text(header + "".join(rows))
+        rows = [row for row in metrics.read_text().splitlines(keepends=True) if row.endswith("\n")]
+        rows[1:] = [row for row in rows[1:] if int(row.split(",")[0]) <= saved["step"]]
+        metrics.write_text("".join(rows))
 
 
 def load_checkpoint(config, argv):
@@ -279,9 +281,10 @@ def load_checkpoint(config, argv):
     path = Path(config.resume) / "checkpoint.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        flags = saved["config"] | {"out": config.resume, "device": config.device}
-        if saved["model"] != config.model:
+        needed = {"model", "step", "config", "networks", "optimizers", "rng", "fixed_z"}
+        if not needed <= saved.keys() or saved["model"] != config.model:
             raise ValueError
+        flags = saved["config"] | {"out": config.resume, "device": config.device}
     except Exception as error:  # what a truncated or foreign file raises has no common class
         raise ValueError(f"{path} is missing, damaged or not of {config.model}.py") from error
     config = parse_args(argv, flags)
@@ -294,7 +297,7 @@ def load_checkpoint(config, argv):
 
 def fail(message, code=2):
     """One line on stderr, and out."""
-    print(f"{DEFAULTS['model']}.py: error: {message}", file=sys.stderr)
+    tqdm.write(f"{DEFAULTS['model']}.py: error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -326,7 +329,8 @@ def parse_args(argv=None, saved=None):
     parser.set_defaults(**(saved or {}))
     config = parser.parse_args(argv)
     for name, value in vars(config).items():
-        if isinstance(value, int | float) and not ABOVE.get(name, 0) < value < math.inf:
+        limit = 2**63 if isinstance(value, int) else math.inf
+        if isinstance(value, int | float) and not ABOVE.get(name, 0) < value < limit:
             fail(f"--{name.replace('_', '-')} {value}: it takes a number above {ABOVE.get(name, 0)}")
     gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     config.device = gpu if config.device == "auto" else config.device
@@ -346,8 +350,6 @@ def main(argv=None):
                 return print(f"{config.out} is finished, with {saved['step']} steps; --steps makes it go on")
         elif Path(config.out, "checkpoint.pt").exists():
             raise ValueError(f"{config.out} holds a run: continue it with --resume, or choose another --out")
-        if config.device == "cpu":
-            print("without a GPU: --width 16 --steps 1000 takes minutes, the defaults hours", file=sys.stderr)
         config.shape = [2] if config.dataset in VARIANTS["dataset"] else [3] + 2 * [config.image_size]
         with torch.device("meta"):  # a size that they cannot take is told before the data are read
             networks(config)
