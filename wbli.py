@@ -9,7 +9,7 @@ samples with their z. At zero each is the other's inverse, though no reconstruct
 Differs from the paper: only its abstract is public. It implies this objective; chosen here are
     networks     DCGAN's, E without batch norm; F: a tower for x, one for z, and an mlp over both
     constraint   WGAN-GP's penalty, λ 10, on the joint gradient, or with --constraint clip WGAN's weights
-    settings     5 critic steps, batch 64, z 16; Adam 5e-4 (0.5, 0.9); with clip RMSProp 5e-5, c 0.01
+    settings     3 critic steps, batch 64, z 16; Adam 5e-4 (0.5, 0.9); with clip RMSProp 5e-5, c 0.01
 
     python wbli.py --width 16 --steps 1000    # minutes on a CPU, without a download
     python wbli.py --dataset mnist
@@ -209,7 +209,7 @@ def train(config, x_train, x_test, saved=None):
 # Running: this model's defaults and flags; from `run` on the same in every model file
 
 DEFAULTS = {"model": "wbli", "prior": "normal", "batch_size": 64, "z_dim": 16, "width": 64, "lr": 5e-4}
-DEFAULTS |= {"critic_steps": 5, "constraint": "gp", "gp_weight": 10, "clip": 0.01}
+DEFAULTS |= {"critic_steps": 3, "constraint": "gp", "gp_weight": 10, "clip": 0.01}
 TOY = {"network": "mlp", "z_dim": 2, "batch_size": 256, "gp_weight": 1}  # WGAN-GP's toy script, but for λ
 VARIANTS = {"constraint": {"clip": {"lr": 5e-5}}, "dataset": {"ring": TOY, "grid": TOY, "swissroll": TOY}}
 ABOVE = {"batch_size": 1, "seed": -1}  # all numbers have to be above 0, but these
