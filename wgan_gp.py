@@ -223,8 +223,8 @@ def run(config, nets, optimizers, iteration, pictures, saved, device):
         log, draw, keep = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
         if not (log or draw or keep or last):
             continue
-        at, name = min((at or math.inf, name) for at, name in zip(broken.tolist(), metrics, strict=True))
-        if at < math.inf:
+        at, name = min(zip(broken.tolist(), metrics, strict=True), key=lambda pair: pair[0] or math.inf)
+        if at:
             fail(f"{name} was not finite at step {at:.0f}; the checkpoint in {out} is from before", code=1)
         if log:
             numbers = {name: f"{value:.6g}" for name, value in zip(metrics, values.tolist(), strict=True)}
