@@ -1,0 +1,450 @@
+"""α-GAN: every loss against values worked out by hand, what each of them reaches, four separate updates."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import alpha_gan
+
+POINTS, GREY, COLOUR = [2], [1, 8, 8], [3, 8, 8]
+CASES = [(COLOUR, ()), (GREY, ("--network", "mlp")), (POINTS, ())]
+ORDER = ["encoder", "generator", "discriminator", "code_discriminator"]
+LOSSES = {f"{name}_loss": name for name in ORDER}
+
+each_case = pytest.mark.parametrize("shape, flags", CASES, ids=["conv", "mlp", "points"])
+each_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+def scores(*values):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
+
+
+def number(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def sigmoid(*values):
+    return torch.tensor([1 / (1 + math.exp(-value)) for value in values], dtype=torch.float64)
+
+
+def images(*shape):
+    return (torch.rand(shape, dtype=torch.float64) * 2 - 1).requires_grad_()
+
+
+def gradients(loss, *inputs):
+    return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+def equal(tensors, others):
+    return all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+
+
+def gradient_of(run, name):
+    """The first gradient that this network got, as one vector."""
+    (before,) = [before for updated, before, _ in run.updates[:4] if updated == name]
+    return torch.cat([grad.flatten() for grad in before[name][1]])
+
+
+# Each term alone
+
+
+def test_the_ratio_is_minus_the_logit():
+    """R(d) = −log d + log(1 − d) at d = sigmoid(a), and its derivative in a, −1."""
+    a = scores(*torch.linspace(-6, 6, 25).tolist())
+    d = 1 / (1 + (-a).exp())
+    expected = -d.log() + (1 - d).log()
+    ratio = alpha_gan.neg_log_ratio(a)
+    assert_close(ratio, expected, atol=1e-9, rtol=0)
+    assert_close(*gradients(ratio.sum(), a), *gradients(expected.sum(), a), atol=1e-9, rtol=0)
+    for large in (-800.0, 800.0):  # where d is 0 or 1
+        assert alpha_gan.neg_log_ratio(number(large)).item() == -large
+
+
+def test_reconstruction_is_a_mean_absolute_error():
+    x, x_rec = scores([[1, -1], [0.5, 0]]), scores([[0.5, -1.5], [1, 3]])
+    error = alpha_gan.reconstruction_error(x, x_rec)
+    assert_close(error, number((0.5 + 0.5 + 0.5 + 3) / 4))
+    (gradient,) = gradients(error, x_rec)
+    assert_close(gradient, number([[[-1.0, -1], [1, 1]]]) / 4)
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_reconstruction_does_not_grow_with_the_image_or_the_batch(axis):
+    """Twice as many samples, channels, rows or columns alike leave a mean as it is; a sum would double."""
+    x, x_rec = images(3, 1, 4, 4), images(3, 1, 4, 4)
+    error = alpha_gan.reconstruction_error(x, x_rec)
+    larger = alpha_gan.reconstruction_error(torch.cat([x, x], axis), torch.cat([x_rec, x_rec], axis))
+    assert error > 0.1
+    assert_close(larger, error)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1, 20])
+def test_encoder_loss(weight):
+    """λ E|x − G(E(x))| + R(C(E(x))): the code moves to where C finds the prior, at any distance alike."""
+    x, x_rec, c_code = images(3, 1, 2, 2), images(3, 1, 2, 2), scores(-50, 2, 3)
+    loss = alpha_gan.encoder_loss(x, x_rec, c_code, weight)
+    assert_close(loss, weight * (x - x_rec).abs().sum() / 12 + 45 / 3)
+    by_x_rec, by_code = gradients(loss, x_rec, c_code)
+    assert_close(by_x_rec, weight * (x_rec - x).sign().detach() / 12)
+    assert_close(by_code, torch.full((3,), -1 / 3).double())
+
+
+@pytest.mark.parametrize("weight", [0.5, 1, 20])
+def test_generator_loss(weight):
+    """λ E|x − G(E(x))| + R(D(G(E(x)))) + R(D(G(z))): both kinds of samples move to where D finds data."""
+    x, x_rec, d_rec, d_fake = images(3, 1, 2, 2), images(3, 1, 2, 2), scores(1, 2, 6), scores(-50, 2)
+    loss = alpha_gan.generator_loss(x, x_rec, d_rec, d_fake, weight)
+    assert_close(loss, weight * (x - x_rec).abs().sum() / 12 - 3 + 24)
+    by_x_rec, by_rec, by_fake = gradients(loss, x_rec, d_rec, d_fake)
+    assert_close(by_x_rec, weight * (x_rec - x).sign().detach() / 12)
+    assert_close(by_rec, torch.full((3,), -1 / 3).double())
+    assert_close(by_fake, torch.full((2,), -1 / 2).double())
+
+
+def test_discriminator_loss():
+    """−log D(x) − log(1 − D(G(E(x)))) − log(1 − D(G(z))), 1 : 1 : 1, each a mean of its own."""
+    d_real, d_rec, d_fake = scores(1, -2, 0.5), scores(-1, 3), scores(0.3, 1, -2, 4)
+    real, rec, fake = sigmoid(1, -2, 0.5), sigmoid(-1, 3), sigmoid(0.3, 1, -2, 4)
+    loss = alpha_gan.discriminator_loss(d_real, d_rec, d_fake)
+    assert_close(loss, -real.log().mean() - (1 - rec).log().mean() - (1 - fake).log().mean())
+    by_real, by_rec, by_fake = gradients(loss, d_real, d_rec, d_fake)
+    assert_close(by_real, -(1 - real) / 3)
+    assert_close(by_rec, rec / 2)
+    assert_close(by_fake, fake / 4)
+
+
+def test_code_discriminator_loss():
+    """−log C(z) − log(1 − C(E(x))): the prior is real; the first arXiv version has it the other way."""
+    c_prior, c_code = scores(1, -2, 0.5), scores(-1, 3)
+    prior, code = sigmoid(1, -2, 0.5), sigmoid(-1, 3)
+    loss = alpha_gan.code_discriminator_loss(c_prior, c_code)
+    assert_close(loss, -prior.log().mean() - (1 - code).log().mean())
+    by_prior, by_code = gradients(loss, c_prior, c_code)
+    assert_close(by_prior, -(1 - prior) / 3)
+    assert_close(by_code, code / 2)
+
+
+def test_losses_of_discriminators_that_know_nothing_or_too_much():
+    """log 2 a term at D ≡ ½; finite, and nothing lost, where D or C is sure and wrong."""
+    undecided, sure = torch.zeros(4).double(), torch.full((4,), 800.0).double()
+    for loss, terms in ((alpha_gan.discriminator_loss, 3), (alpha_gan.code_discriminator_loss, 2)):
+        assert_close(loss(*terms * [undecided]), number(terms * math.log(2)))
+        assert_close(loss(-sure, *(terms - 1) * [-sure]), number(800.0))
+        assert_close(loss(sure, *(terms - 1) * [sure]), number(800.0 * (terms - 1)))
+
+
+def normal_quantiles(mean, n=20_000):
+    """N(mean, 1) as n points of equal weight."""
+    ranks = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    return mean + math.sqrt(2) * torch.erfinv(2 * ranks - 1)
+
+
+@pytest.mark.parametrize("mean", [-1.5, 0.7])
+def test_the_best_code_discriminator_makes_the_ratio_the_kl_divergence(mean):
+    """For codes from N(m, 1) its logit is log p/q = m²/2 − mz; then E R(C(ẑ)) = KL(q‖p) = m²/2, slope m."""
+    z, z_hat = normal_quantiles(0.0), normal_quantiles(mean).requires_grad_()
+    a, b = scores(mean**2 / 2), scores(-mean)
+    loss = alpha_gan.code_discriminator_loss(a + b * z, a + b * z_hat)
+    for gradient in gradients(loss, a, b):
+        assert_close(gradient, number([0.0]), atol=1e-3, rtol=0)
+    divergence = alpha_gan.encoder_loss(z, z, a + b * z_hat, 1)
+    assert_close(divergence, number(mean**2 / 2), atol=1e-3, rtol=0)
+    assert_close(gradients(divergence, z_hat)[0].sum(), number(mean))
+
+
+def test_the_best_discriminator_lets_data_and_samples_meet():
+    """Data N(3, 1), G(z) = z + b = G(E(x)), D its best, log p/q up to a constant: b ends at 3."""
+    z, b = normal_quantiles(0.0, 1000), scores(0)
+    for _ in range(50):
+        logits = (3 - b.detach()) * (z + b) + (b.detach() ** 2 - 9) / 2
+        loss = alpha_gan.generator_loss(z, z, logits, logits, 1)
+        b = (b - 0.1 * gradients(loss, b)[0]).detach().requires_grad_()
+    assert_close(b.item(), 3.0, atol=1e-3, rtol=0)
+
+
+# The networks
+
+
+@pytest.mark.parametrize("network", ["conv", "mlp"])
+@pytest.mark.parametrize("shape", [[c, size, size] for c in (1, 3) for size in (32, 64)] + [[2]], ids=str)
+def test_shapes(shape, network, configure):
+    if shape == POINTS and network == "conv":
+        pytest.skip("points take an mlp")
+    config = configure(alpha_gan, shape, "--network", network)
+    nets = {name: net.eval() for name, net in alpha_gan.networks(config).items()}
+    assert list(nets) == ["generator", "encoder", "discriminator", "code_discriminator"]
+    for n in (3, 1):  # a batch of one keeps its shape
+        x, z = torch.rand(n, *shape), alpha_gan.draw_z(n, config, "cpu")
+        assert z.shape == (n, config.z_dim)
+        assert alpha_gan.generate(nets, z).shape == x.shape
+        assert alpha_gan.encode(nets, x).shape == z.shape
+        assert alpha_gan.features(nets, x).ndim == 2 and len(alpha_gan.features(nets, x)) == n
+        assert nets["discriminator"](x).shape == nets["code_discriminator"](z).shape == (n,)
+
+
+@each_case
+def test_the_code_discriminator_takes_each_code_by_itself(shape, flags, configure):
+    """No batch norm: in train mode too, no score depends on another code."""
+    net = alpha_gan.networks(configure(alpha_gan, shape, *flags))["code_discriminator"].double().train()
+    assert not [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    z = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    (gradient,) = gradients(net(z)[0], z)
+    assert gradient[0].norm() > 0 and (gradient[1:] == 0).all()
+    slopes = {module.negative_slope for module in net.modules() if isinstance(module, nn.LeakyReLU)}
+    assert slopes == {0.2} and len(list(net.buffers())) == 0
+
+
+@each_case
+def test_batch_norm_arguments(shape, flags, configure):
+    nets = nn.ModuleDict(alpha_gan.networks(configure(alpha_gan, shape, *flags)))
+    norms = [module for module in nets.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    assert bool(norms) == (shape != POINTS)
+    assert all(norm.eps <= 1e-3 and norm.momentum == 0.1 for norm in norms)
+
+
+# The updates
+
+
+@each_case
+def test_four_updates_in_order_each_of_its_own_network(shape, flags, start):
+    """E, G, D, C, once each with a fresh batch; nothing else moves or gets a gradient, to the bit."""
+    run = start(alpha_gan, shape, *flags)
+    for draws in run.draws.values():
+        draws.clear()
+    now = run.initial
+    for _ in range(3):
+        run.iteration()
+    assert [updated for updated, *_ in run.updates] == 3 * ORDER
+    for updated, before, after in run.updates:
+        for name in run.nets:
+            assert equal(before[name][0], now[name][0])
+            assert equal(after[name][0], before[name][0]) == (name != updated)
+            for grad in before[name][1]:
+                assert (grad is not None) == (name == updated)
+        now = after
+    assert all(weight.grad is None for net in run.nets.values() for weight in net.parameters())
+    for batches in run.draws.values():
+        assert len(batches) == 3 * 4 and {len(batch) for batch in batches} == {run.config.batch_size}
+        assert len({tuple(batch.flatten().tolist()) for batch in batches}) == len(batches)
+
+
+@each_case
+def test_gradients_and_numbers_are_those_of_the_paper(shape, flags, start):
+    """Worked out again, with log and sigmoid, from the batches that were drawn."""
+    run = start(alpha_gan, shape, *flags, "--lambda", 7)
+    for draws in run.draws.values():
+        draws.clear()
+    metrics, nets = run.iteration(), run.nets
+    draws = {key: list(batches) for key, batches in run.draws.items()}
+    for i, (updated, before, _) in enumerate(run.updates):
+        for name, net in nets.items():
+            for weight, old in zip(net.parameters(), before[name][0], strict=True):
+                weight.data.copy_(old)
+        x, z = draws["x"][i], draws["z"][i]
+        z_hat = nets["encoder"](x)
+        x_rec, x_fake = nets["generator"](torch.cat([z_hat, z])).split(len(x))
+        real, rec, fake = (nets["discriminator"](part).sigmoid() for part in (x, x_rec, x_fake))
+        prior, code = (nets["code_discriminator"](part).sigmoid() for part in (z, z_hat))
+        error = (x - x_rec).abs().mean()
+        loss = {
+            "encoder": 7 * error + (-code.log() + (1 - code).log()).mean(),
+            "generator": 7 * error + sum((-d.log() + (1 - d).log()).mean() for d in (rec, fake)),
+            "discriminator": -real.log().mean() - (1 - rec).log().mean() - (1 - fake).log().mean(),
+            "code_discriminator": -prior.log().mean() - (1 - code).log().mean(),
+        }[updated]
+        numbers = {
+            "encoder": {"reconstruction": error},
+            "generator": {},
+            "discriminator": {"D(x)": real.mean(), "D(G(E(x)))": rec.mean(), "D(G(z))": fake.mean()},
+            "code_discriminator": {"C(z)": prior.mean(), "C(E(x))": code.mean()},
+        }[updated]
+        for name, expected in numbers.items():
+            assert_close(metrics[name], expected.detach(), rtol=1e-4, atol=1e-6)
+        expected = torch.autograd.grad(loss, [*nets[updated].parameters()])
+        for grad, wanted in zip(before[updated][1], expected, strict=True):
+            assert_close(grad, wanted, rtol=1e-3, atol=1e-5)
+        assert max(grad.abs().max() for grad in expected) > 1e-4
+
+
+@pytest.mark.parametrize("shape", [GREY, POINTS], ids=["images", "points"])
+@each_loss
+def test_each_loss_moves_its_network_and_no_other(loss, shape, start, monkeypatch):
+    def zero(*arguments):
+        return 0 * sum(part.mean() for part in arguments if isinstance(part, torch.Tensor))
+
+    for other in LOSSES.keys() - {loss}:
+        monkeypatch.setattr(alpha_gan, other, zero)
+    run = start(alpha_gan, shape)
+    run.iteration()
+    moved = [name for name, net in run.nets.items() if not equal(net.parameters(), run.initial[name][0])]
+    assert moved == [LOSSES[loss]]
+
+
+TERMS = [(loss, i) for loss, n in zip(LOSSES, (3, 4, 3, 2), strict=True) for i in range(n)]
+
+
+@pytest.mark.parametrize("shape", [GREY, POINTS], ids=["images", "points"])
+@pytest.mark.parametrize("loss, i", [term for term in TERMS if term not in [("encoder_loss", 0)]])
+def test_each_term_reaches_its_network(loss, i, shape, start, monkeypatch):
+    """With the other arguments of its loss cut off. Of the reconstruction only G(E(x)) has a past, not x."""
+    whole = getattr(alpha_gan, loss)
+    alone = [name for name in inspect.signature(whole).parameters if name != "rec_weight"][i]
+
+    def part(*arguments):
+        kept = [a.detach() if j != i and isinstance(a, torch.Tensor) else a for j, a in enumerate(arguments)]
+        return whole(*kept) + 0 * sum(a.sum() for a in arguments if isinstance(a, torch.Tensor))
+
+    monkeypatch.setattr(alpha_gan, loss, part)
+    run = start(alpha_gan, shape)
+    run.iteration()
+    gradient = gradient_of(run, LOSSES[loss])
+    assert gradient.isfinite().all()
+    assert (gradient.abs().max() > 1e-6) == (alone != "x")
+
+
+def gradient_without(start, shape, blank, updated, seed=3):
+    """The first gradient of `updated` with the real weights, and with those of the network `blank` zeroed."""
+    found = []
+    for zeroed in (False, True):
+        torch.manual_seed(seed)
+        run = start(alpha_gan, shape, "--lambda", 2)
+        for name, optimizer in run.optimizers.items():
+            if name != updated:  # nothing else moves
+                optimizer.param_groups[0]["lr"] = 0.0
+        if zeroed:
+            for weight in run.nets[blank].parameters():
+                weight.data.zero_()
+        torch.manual_seed(seed)
+        run.iteration()
+        found.append(gradient_of(run, updated))
+    return found
+
+
+@pytest.mark.parametrize("shape", [GREY, POINTS], ids=["images", "points"])
+def test_the_code_loss_does_not_reach_the_generator(shape, start):
+    """G's gradient is the same to the bit whatever C says; and it does need D."""
+    with_c, without_c = gradient_without(start, shape, "code_discriminator", "generator")
+    assert torch.equal(with_c, without_c) and with_c.norm() > 0
+    with_d, without_d = gradient_without(start, shape, "discriminator", "generator")
+    assert not torch.allclose(with_d, without_d)
+
+
+@pytest.mark.parametrize("shape", [GREY, POINTS], ids=["images", "points"])
+def test_what_d_says_does_not_reach_the_encoder(shape, start):
+    """E's gradient is the same to the bit whatever D says; and it does need C."""
+    with_d, without_d = gradient_without(start, shape, "discriminator", "encoder")
+    assert torch.equal(with_d, without_d) and with_d.norm() > 0
+    with_c, without_c = gradient_without(start, shape, "code_discriminator", "encoder")
+    assert not torch.allclose(with_c, without_c)
+
+
+@pytest.mark.parametrize("shape", [GREY, POINTS], ids=["images", "points"])
+def test_d_learns_from_reconstructions_and_from_samples(shape, start, monkeypatch):
+    """A step down the loss lowers D at both and raises it at data; they are the batches that D is shown."""
+    whole, calls = alpha_gan.discriminator_loss, []
+    monkeypatch.setattr(alpha_gan, "discriminator_loss", lambda *d: calls.append(d) or whole(*d))
+    run = start(alpha_gan, shape)
+    seen, made = [], []
+    run.nets["discriminator"].register_forward_hook(lambda _, x, d: seen.append((x[0].detach(), d)))
+    run.nets["generator"].register_forward_hook(lambda *call: made.append(call[-1].detach()))
+    run.iteration()
+    assert len(calls) == 1 and len(calls[0]) == 3 and len(seen) == 5  # two of them in G's step
+    x, x_rec, x_fake = (inputs for inputs, _ in seen[2:])
+    assert torch.equal(x, run.draws["x"][2])
+    assert torch.equal(torch.cat([x_rec, x_fake]), made[2]) and not torch.equal(x_rec, x_fake)
+    assert equal(calls[0], [logits for _, logits in seen[2:]])
+    leaves = [logits.detach().requires_grad_() for logits in calls[0]]
+    for sign, gradient in zip((-1, 1, 1), gradients(whole(*leaves), *leaves), strict=True):
+        assert len(gradient) == run.config.batch_size and (sign * gradient > 0).all()
+
+
+# λ
+
+
+@pytest.mark.parametrize("shape", [GREY, POINTS], ids=["images", "points"])
+@pytest.mark.parametrize("name", ["encoder", "generator"])
+def test_lambda_is_a_factor(name, shape, start):
+    """The first gradients of E and G are linear in λ."""
+    first = []
+    for weight in (1e-9, 1, 3):
+        torch.manual_seed(5)
+        run = start(alpha_gan, shape, "--lambda", weight)
+        run.optimizers["encoder"].param_groups[0]["lr"] = 0.0  # so that G sees the same codes
+        run.iteration()
+        first.append(gradient_of(run, name))
+    assert (first[1] - first[0]).norm() > 1e-4
+    assert_close(first[2] - first[0], 3 * (first[1] - first[0]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--lambda", "--rec-weight"])
+def test_both_names_of_lambda(flag, capsys):
+    """An attribute cannot be called lambda; a message about it names a flag that exists."""
+    assert alpha_gan.parse_args([flag, "2.5"]).rec_weight == 2.5
+    with pytest.raises(SystemExit) as stopped:
+        alpha_gan.parse_args([flag, "0"])
+    assert stopped.value.code == 2
+    assert "--rec-weight 0" in capsys.readouterr().err
+
+
+def test_points_have_a_lambda_of_their_own():
+    images, points = (alpha_gan.parse_args(["--dataset", name]) for name in ("mnist", "grid"))
+    assert images.rec_weight == alpha_gan.DEFAULTS["rec_weight"] != points.rec_weight
+    assert alpha_gan.parse_args(["--dataset", "grid", "--lambda", "4"]).rec_weight == 4
+
+
+# A run
+
+
+def test_codes_of_any_size_do_not_look_alike(start):
+    """G's batch norm sees codes and z in one batch: by itself, a batch of tiny codes would be stretched."""
+    run = start(alpha_gan, COLOUR, "--batch-size", 32)
+    for weight in list(run.nets["encoder"].parameters())[-2:]:
+        weight.data *= 1e-3
+    outputs = []
+    run.nets["generator"].register_forward_hook(lambda *call: outputs.append(call[-1].detach()))
+    run.iteration()
+    assert [len(x) for x in outputs] == 3 * [64]
+    for x in outputs:
+        assert x[:32].std(0).mean() < 0.2 * x[32:].std(0).mean()
+
+
+@pytest.mark.parametrize("network", ["conv", "mlp"])
+def test_a_resumed_run_is_the_same_run(network, tmp_path, monkeypatch):
+    """To the bit: weights, optimisers, random state, numbers, and the weight of the reconstruction."""
+    data = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
+    monkeypatch.setattr(alpha_gan, "load_data", lambda *_: (data, None))
+    monkeypatch.chdir(tmp_path)
+    flags = "--image-size 8 --width 2 --z-dim 3 --batch-size 4 --lambda 3 --log-every 1 --device cpu"
+    flags = [*flags.split(), "--network", network]
+    alpha_gan.main([*flags, "--steps", "6", "--out", "whole"])
+    alpha_gan.main([*flags, "--steps", "3", "--out", "parts"])
+    torch.rand(7)
+    alpha_gan.main(["--resume", "parts", "--steps", "6", "--device", "cpu"])
+    whole, parts = (torch.load(f"{out}/checkpoint.pt", weights_only=True) for out in ("whole", "parts"))
+    assert whole["step"] == 6 and whole["config"]["rec_weight"] == 3
+    leaves = [dict(flatten(saved)) for saved in (whole, parts)]
+    assert leaves[0].keys() == leaves[1].keys()
+    for name, value in leaves[0].items():
+        other = leaves[1][name]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+    whole, parts = ((tmp_path / out / "metrics.csv").read_text() for out in ("whole", "parts"))
+    assert whole == parts and len(whole.splitlines()) == 7
+    assert whole.startswith("step,reconstruction,D(x),D(G(E(x))),D(G(z)),C(z),C(E(x))\n")
+
+    with pytest.raises(SystemExit) as stopped:
+        alpha_gan.main(["--resume", "parts", "--steps", "9", "--lambda", "4", "--device", "cpu"])
+    assert stopped.value.code == 2
+
+
+def flatten(value, where=""):
+    """(path, leaf) of everything in nested dictionaries and lists."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            yield from flatten(item, f"{where}/{name}")
+    else:
+        yield where, value
