@@ -340,7 +340,7 @@ def restore(saved, nets, optimizers, device, metrics):
     if metrics.exists():  # a killed run logged more than it saved, the last row perhaps in part
         rows = [row for row in metrics.read_text().splitlines(keepends=True) if row.endswith("\n")]
         rows[1:] = [row for row in rows[1:] if int(row.split(",")[0]) <= saved["step"]]
-        metrics.write_text("".join(rows))
+        os.truncate(metrics, len("".join(rows)))
 
 
 def load_checkpoint(config, argv):

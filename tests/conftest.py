@@ -8,8 +8,6 @@ import torch
 
 torch.set_num_threads(1)  # the nets are tiny, and sums come out the same on every machine
 
-IMAGES = [[channels, size, size] for channels in (1, 3) for size in (32, 64)]
-
 
 @pytest.fixture(autouse=True)
 def seed():

@@ -10,13 +10,22 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-NETWORKS = {"wgan": ["generator", "critic"], "wbli": ["generator", "encoder", "critic"]}
+NETWORKS = {
+    "dcgan": ["generator", "discriminator"],
+    "wgan": ["generator", "critic"],
+    "wgan_gp": ["generator", "critic"],
+    "wbli": ["generator", "encoder", "critic"],
+}
 JOINT = ["wbli"]  # the critic or discriminator takes x and z
 ENCODERS = [name for name, nets in NETWORKS.items() if "encoder" in nets]
-PENALISED = ["wbli"]  # the critic is under a gradient penalty
-MIXED = {"wgan": "critic"}  # takes --generator, and a flag of this name
-PLAIN_MLP = ["wgan"]  # no batch norm in the fully connected generator
-DCGAN_INIT = ["wgan"]  # N(0, 0.02)
+PENALISED = ["wgan_gp", "wbli"]  # the critic is under a gradient penalty
+MIXED = {
+    "dcgan": "discriminator",
+    "wgan": "critic",
+    "wgan_gp": "critic",
+}  # takes --generator, and a flag of this name
+PLAIN_MLP = ["dcgan", "wgan", "wgan_gp"]  # no batch norm in the fully connected generator
+DCGAN_INIT = ["dcgan", "wgan", "wgan_gp"]  # N(0, 0.02)
 
 KINDS = [
     *(([c, size, size], network) for c in (1, 3) for size in (32, 64) for network in ("conv", "mlp")),
@@ -26,7 +35,9 @@ RULES = {  # T transposed, C convolution, B batch norm, R ReLU, L LeakyReLU, H t
     "generator": "T(BRT)+H",
     "generator plain": "T(RT)+H",
     "encoder": "CL(CB?L)+F",
+    "dcgan discriminator": "CL(CBL)+C",
     "wgan critic": "CL(CBL)+C",
+    "wgan_gp critic": "CL(CL)+C",
     "wbli critic": "CL(CL)+F[LF]+",
 }
 LETTERS = {nn.ConvTranspose2d: "T", nn.Conv2d: "C", nn.BatchNorm2d: "B", nn.ReLU: "R", nn.Tanh: "H"}

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-WASSERSTEIN = ["wgan", "wbli"]  # critic_loss
-ONE_WAY = ["wgan"]  # generator_loss = −E f_fake
+WASSERSTEIN = ["wgan", "wgan_gp", "wbli"]  # critic_loss
+ONE_WAY = ["wgan", "wgan_gp"]  # generator_loss = −E f_fake
 TWO_WAY = ["wbli"]  # generator_encoder_loss; their critics and penalties take x and z
-PENALTY = ["wbli"]  # gradient_penalty
+PENALTY = ["wgan_gp", "wbli"]  # gradient_penalty
 CLIP = ["wgan", "wbli"]  # clip_weights
 
 SHAPES = [(1, 5, 5), (3, 4, 6), (2,)]
