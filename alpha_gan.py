@@ -255,7 +255,7 @@ ABOVE = {"batch_size": 1, "seed": -1}  # all numbers have to be above 0, but the
 
 def add_flags(flag):
     """The model's own flags."""
-    flag("--lambda", "--rec-weight", dest="rec_weight", type=float, help="λ of the reconstruction")
+    flag("--rec-weight", "--lambda", type=float, help="λ, the weight of the reconstruction")
 
 
 def run(config, nets, optimizers, iteration, pictures, saved, device):
