@@ -129,12 +129,12 @@ def networks(config):
         images, squash = (True, nn.Tanh()) if len(shape) == 3 else (False, nn.Identity())
         decoder = mlp(z_dim, size, units, norm=images, slope=0)
         generator, encoder = nn.Sequential(decoder, squash, nn.Unflatten(1, shape)), mlp(size, z_dim, units)
-        critic = Joint(mlp(size, units, units, layers=1), z_dim, units)
+        joint = Joint(mlp(size, units, units, layers=1), z_dim, units)
     else:
         generator = Generator(shape, z_dim, config.width)
         encoder = Encoder(shape, z_dim, config.width, norm=False)
-        critic = Joint(Encoder(shape, 2 * units, config.width, norm=False), z_dim, 2 * units)
-    return {"generator": generator, "encoder": encoder, "critic": critic}
+        joint = Joint(Encoder(shape, 2 * units, config.width, norm=False), z_dim, 2 * units)
+    return {"generator": generator, "encoder": encoder, "critic": joint}
 
 
 def draw_z(n, config, device):
