@@ -53,7 +53,8 @@ def load_data(name, data_dir, split, image_size, device):
         room = 2**30  # Metal does not say how much is free
     if x.nbytes > room:
         size = f"{x.nbytes / 2**30:.1f} GiB"
-        print(f"the data ({size}) stay on the host: too large for {device}", file=sys.stderr)
+        why = f"too large for {device}, so that steps cannot be replayed as CUDA graphs, which is slower"
+        print(f"the data ({size}) stay on the host: {why}", file=sys.stderr)
         return x, y
     return x.to(device), None if y is None else y.to(device)
 
@@ -63,13 +64,17 @@ def as_float(x):
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
-def sample_batch(x, n):
+def sample_batch(x, n, device=None):
     """n items drawn uniformly with replacement: the expectation over the data that stands in every objective.
 
-    Pictures come as float32 in [−1, 1]. The draw happens on x's device, with torch's default generator and
-    without synchronising, so that a CUDA graph can hold it.
+    Pictures come as float32 in [−1, 1], on `device`, or on x's. The draw happens on x's, with torch's default
+    generator and without synchronising, so that a CUDA graph can hold it. From the host to a GPU bytes are
+    copied, out of pinned memory: neither side waits, and PyTorch reuses that memory only after the copy.
     """
-    return as_float(x[torch.randint(len(x), (n,), device=x.device)])
+    batch = x[torch.randint(len(x), (n,), device=x.device)]
+    if batch.is_cpu and torch.device(device or "cpu").type == "cuda":
+        batch = batch.pin_memory()
+    return as_float(batch.to(device or x.device, non_blocking=batch.is_pinned()))
 
 
 def save_grid(x, path, columns):

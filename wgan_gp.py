@@ -35,20 +35,19 @@ from common import load_data, sample_batch, save_grid
 # Networks
 
 
-def conv_widths(shape, width):
+def conv_widths(shape, width, growth=2):
     """Channels of a conv net's layers from the image inwards, one for each halving down to 4×4 pixels."""
     layers = max(1, round(math.log2(shape[-1] / 4)))
     if len(shape) != 3 or shape[-1] != 4 * 2**layers:
         raise ValueError(f"a conv network takes 8, 16, 32, 64, … pixels, not {shape[-1]}; an mlp takes any")
-    return [width * 2**i for i in range(layers)]
+    return [width * growth**i for i in range(layers)]
 
 
 class Generator(nn.Sequential):
     """z (N, z_dim) → x (N, C, S, S) in [−1, 1]; `plain`: no batch norm and `width` channels everywhere."""
 
     def __init__(self, shape, z_dim, width, plain=False):
-        widths = conv_widths(shape, width)[::-1]
-        widths = [width] * len(widths) if plain else widths
+        widths = conv_widths(shape, width, growth=1 if plain else 2)[::-1]
         layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4)]
         for n_in, n_out in pairwise([*widths, shape[0]]):
             layers += [nn.Identity() if plain else nn.BatchNorm2d(n_in), nn.ReLU()]
@@ -150,7 +149,7 @@ def train(config, x_train, x_test, saved=None):
             optimizers[name].zero_grad()
 
     def critic_step():
-        x = sample_batch(x_train, config.batch_size).to(device)
+        x = sample_batch(x_train, config.batch_size, device)
         z = draw_z(config.batch_size, config, device)
         with torch.no_grad():
             x_fake = generator(z)
@@ -173,7 +172,7 @@ def train(config, x_train, x_test, saved=None):
     def pictures(z):
         return {"samples": (generate(nets, z), 8)}
 
-    run(config, nets, optimizers, iteration, pictures, saved, device)
+    run(config, nets, optimizers, iteration, pictures, saved, device, x_train.is_cuda)
 
 
 # Running: this model's defaults and flags; from `run` on the same in every model file
@@ -182,7 +181,7 @@ DEFAULTS = {"model": "wgan_gp", "prior": "normal", "batch_size": 64, "z_dim": 10
 DEFAULTS |= {"critic_steps": 5, "gp_weight": 10}
 TOY = {"network": "mlp", "z_dim": 2, "batch_size": 256, "gp_weight": 0.1}  # as in WGAN-GP's toy script
 VARIANTS = {"dataset": {"ring": TOY, "grid": TOY, "swissroll": TOY}}  # what else they change
-ABOVE = {"batch_size": 1, "seed": -1}  # all numbers have to be above 0, but these
+ABOVE = {"batch_size": 1, "seed": -1, "snapshots": -1}  # all numbers have to be above 0, but these
 
 
 def add_flags(flag):
@@ -193,41 +192,55 @@ def add_flags(flag):
     flag("--critic", choices=("conv", "mlp"), help="where it is not as --network says")
 
 
-def run(config, nets, optimizers, iteration, pictures, saved, device):
+def run(config, nets, optimizers, iteration, pictures, saved, device, capture):
     """Call `iteration` up to config.steps, from `saved` on; log, draw and save into config.out meanwhile."""
     out, first = Path(config.out), saved["step"] if saved else 0
     torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
     if saved:
         fixed_z = saved["fixed_z"].to(device)
-        restore(saved, nets, optimizers, device, out / "metrics.csv")
+        for name, net in nets.items():
+            net.load_state_dict(saved["networks"][name])
+        for name, optimizer in optimizers.items():  # the moments alone: its flags are this device's
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizers"][name]["state"]})
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if device.type == "cuda" and "cuda" in saved["rng"]:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+        if (out / "metrics.csv").exists():  # a killed run logged more than it saved, perhaps half a row
+            rows = [f"{row}\n" for row in (out / "metrics.csv").read_text().split("\n")[:-1]]
+            rows[1:] = [row for row in rows[1:] if int(row.split(",")[0]) <= first]
+            os.truncate(out / "metrics.csv", len("".join(rows)))
     else:
-        (out / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
         fixed_z = draw_z(64 if len(config.shape) == 3 else 2500, config, device)
         save(0, config, nets, optimizers, fixed_z)
+        (out / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+    (out / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
+    if capture:  # all work up to here is done, and a graph cannot be captured on the default stream
+        torch.cuda.set_stream(torch.cuda.Stream())
     if device.type == "cpu":
         print("without a GPU: --width 16 --steps 1000 takes minutes, the defaults hours", file=sys.stderr)
     broken = torch.zeros((), device=device)  # since which step each number is not finite
     both, signals = (signal.SIGINT, signal.SIGTERM), []  # they end the run, after the running step
     handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number)) for kind in both}
-    line = "step {n} of {total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"  # without a terminal
-    style = {} if sys.stderr.isatty() else {"mininterval": math.inf, "bar_format": line}
-    bar = tqdm(initial=first, total=config.steps, **style)
+    lines = {"mininterval": math.inf, "bar_format": "step {n} of {total} [{elapsed}, {rate_fmt}{postfix}]\n"}
+    bar = tqdm(initial=first, total=config.steps, **({} if sys.stderr.isatty() else lines))
     for step in range(first + 1, config.steps + 1):
-        metrics = iteration()
-        values = torch.stack(list(metrics.values()))
-        broken = torch.where(values.isfinite() | (broken > 0), broken, step)
+        if capture and step == first + 4:  # three real steps have made all state that the graph works on
+            with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+                metrics = iteration()  # recorded, not executed
+            iteration = graph.replay  # a whole step in one call, which renews `metrics` and returns None
+        metrics = iteration() or metrics
+        broken = torch.where(torch.stack([*metrics.values()]).isfinite() | (broken > 0), broken, step)
         bar.update()
         last = step == config.steps or bool(signals)
         log, draw, keep = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
-        if not (log or draw or keep or last):
+        thin = step * config.snapshots % config.steps < config.snapshots
+        if not (log or draw or keep or thin or last):
             continue
         at, name = min(zip(broken.tolist(), metrics, strict=True), key=lambda pair: pair[0] or math.inf)
         if at:
             fail(f"{name} was not finite at step {at:.0f}; the checkpoint in {out} is from before", code=1)
         if log:
-            numbers = {name: f"{value:.6g}" for name, value in zip(metrics, values.tolist(), strict=True)}
+            numbers = {name: f"{value:.6g}" for name, value in metrics.items()}
             with open(out / "metrics.csv", "a") as file:
                 header = "" if file.tell() else ",".join(["step", *numbers]) + "\n"
                 file.write(header + ",".join([str(step), *numbers.values()]) + "\n")
@@ -240,6 +253,8 @@ def run(config, nets, optimizers, iteration, pictures, saved, device):
             nets.train()
         if keep or last:
             save(step, config, nets, optimizers, fixed_z)
+        if thin:
+            save(step, config, {"generator": nets["generator"]}, {}, fixed_z, f"snapshots/{step:07d}.pt")
         if last and signals:
             tqdm.write(f"stopped after step {step}; go on with --resume {out}", file=sys.stderr)
             sys.exit(128 + signals[0])
@@ -247,15 +262,15 @@ def run(config, nets, optimizers, iteration, pictures, saved, device):
         signal.signal(kind, handler)
 
 
-def save(step, config, nets, optimizers, fixed_z):
-    """Replace checkpoint.pt in one move: killed at any moment, or on a full disk, a whole one is left."""
-    path = Path(config.out) / "checkpoint.pt"
-    saved = {"model": config.model, "step": step, "fixed_z": fixed_z, "rng": {"cpu": torch.get_rng_state()}}
-    if fixed_z.is_cuda:
-        saved["rng"]["cuda"] = torch.cuda.get_rng_state()
+def save(step, config, nets, optimizers, fixed_z, name="checkpoint.pt"):
+    """Replace the checkpoint in one move: killed at any moment, or on a full disk, a whole one is left."""
+    path, rng = Path(config.out, name), {"cpu": torch.get_rng_state()}
+    rng |= {"cuda": torch.cuda.get_rng_state()} if fixed_z.is_cuda else {}
+    saved = {"model": config.model, "step": step, "fixed_z": fixed_z, "rng": rng}
     saved["config"] = {name: value for name, value in vars(config).items() if name not in ("out", "resume")}
     saved["networks"] = {name: net.state_dict() for name, net in nets.items()}
     saved["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.tmp", "wb") as file:
         torch.save(saved, file)
         file.flush()
@@ -263,36 +278,20 @@ def save(step, config, nets, optimizers, fixed_z):
     os.replace(f"{path}.tmp", path)
 
 
-def restore(saved, nets, optimizers, device, metrics):
-    """Put networks, optimisers, random states and metrics.csv back to where `saved` has them."""
-    for name, net in nets.items():
-        net.load_state_dict(saved["networks"][name])
-    for name, optimizer in optimizers.items():  # the moments alone: its flags are this device's
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizers"][name]["state"]})
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if device.type == "cuda" and "cuda" in saved["rng"]:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"])
-    if metrics.exists():  # a killed run logged more than it saved, the last row perhaps in part
-        rows = [row for row in metrics.read_text().splitlines(keepends=True) if row.endswith("\n")]
-        rows[1:] = [row for row in rows[1:] if int(row.split(",")[0]) <= saved["step"]]
-        os.truncate(metrics, len("".join(rows)))
-
-
 def load_checkpoint(config, argv):
     """The checkpoint of the run config.resume, and its flags with argv's; ValueError if they disagree."""
     path = Path(config.resume) / "checkpoint.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        needed = {"model", "step", "config", "networks", "optimizers", "rng", "fixed_z"}
-        if not needed <= saved.keys() or saved["model"] != config.model:
+        if len(saved) != 7 or saved["model"] != config.model:  # `save` writes seven entries
             raise ValueError
         flags = saved["config"] | {"out": config.resume, "device": config.device}
     except Exception as error:  # what a truncated or foreign file raises has no common class
         raise ValueError(f"{path} is missing, damaged or not of {config.model}.py") from error
     config = parse_args(argv, flags)
     for name, value in flags.items():
-        now, free = getattr(config, name), ("data_dir", "log_every", "sample_every", "save_every")
-        if now < value if name == "steps" else now != value and name not in free:
+        now, free = getattr(config, name), name.endswith("_every") or name in ("data_dir", "snapshots")
+        if now < value if name == "steps" else now != value and not free:
             raise ValueError(f"--{name.replace('_', '-')} {now}: the run in {config.resume} has {value}")
     return saved, config
 
@@ -323,6 +322,7 @@ def parse_args(argv=None, saved=None):
     flag("--log-every", type=int, default=50, help="steps from row to row of metrics.csv")
     flag("--sample-every", type=int, default=500, help="steps from picture to picture")
     flag("--save-every", type=int, default=1000, help="steps from checkpoint to checkpoint")
+    flag("--snapshots", type=int, default=0, help="copies of the generator to keep, evenly over the run")
     add_flags(flag)
     parser.set_defaults(**DEFAULTS)
     chosen = parser.parse_args(argv)
@@ -331,8 +331,7 @@ def parse_args(argv=None, saved=None):
     parser.set_defaults(**(saved or {}))
     config = parser.parse_args(argv)
     for name, value in vars(config).items():
-        limit = 2**63 if isinstance(value, int) else math.inf
-        if isinstance(value, int | float) and not ABOVE.get(name, 0) < value < limit:
+        if isinstance(value, int | float) and not ABOVE.get(name, 0) < value < 2**63:
             fail(f"--{name.replace('_', '-')} {value}: it takes a number above {ABOVE.get(name, 0)}")
     gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     config.device = gpu if config.device == "auto" else config.device
@@ -362,6 +361,8 @@ def main(argv=None):
         fail(error)
     try:
         train(config, x_train, x_test, saved)
+    except torch.OutOfMemoryError:
+        fail(f"the memory of the {config.device} device is full: take a smaller --batch-size or --width")
     except OSError as error:  # no place or no right to write
         fail(f"{error}; what {config.out} held is whole")
 

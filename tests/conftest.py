@@ -53,7 +53,7 @@ def start(configure, monkeypatch):
             x_test = torch.randint(256, (9, *shape), dtype=torch.uint8) if x_test is None else x_test
         found = SimpleNamespace(config=config, x_train=x_train, x_test=x_test, updates=[])
 
-        def run(config, nets, optimizers, iteration, pictures, saved, device):
+        def run(config, nets, optimizers, iteration, pictures, saved, device, capture):
             vars(found).update(nets=nets, optimizers=optimizers, iteration=iteration, pictures=pictures)
 
         def recorded(name, batches):

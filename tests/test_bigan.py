@@ -89,7 +89,7 @@ def test_losses_of_a_sure_discriminator():
 def double(monkeypatch):
     """Everything in float64."""
     sample_batch = bigan.sample_batch
-    monkeypatch.setattr(bigan, "sample_batch", lambda x, n: sample_batch(x, n).double())
+    monkeypatch.setattr(bigan, "sample_batch", lambda *args: sample_batch(*args).double())
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

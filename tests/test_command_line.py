@@ -431,7 +431,7 @@ def test_resuming_with_a_flag_that_contradicts_the_run(model, refused, copied):
     """Every flag but those that design.md lets change, so that a model's own are not forgotten."""
     run = copied(model)
     config = torch.load(run / "checkpoint.pt", weights_only=True)["config"]
-    free = {"resume", "steps", "device", "data_dir", "log_every", "sample_every", "save_every"}
+    free = {"resume", "steps", "device", "data_dir", "log_every", "sample_every", "save_every", "snapshots"}
     checked = set()
     for flag in flags_of(model):
         if flag.dest in free:

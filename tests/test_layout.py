@@ -19,7 +19,7 @@ MAY_IMPORT = {*sys.stdlib_module_names, "torch", "numpy", "tqdm", "common"}
 
 # What is the same wherever a file has it, and the files in which the name stands for something else.
 SAME = {"conv_widths": (), "Generator": (), "Encoder": (), "Critic": (), "mlp": (), "init_weights": ()}
-SAME |= {"clip_weights": (), "update": (), "save": (), "restore": (), "parse_args": (), "main": ()}
+SAME |= {"clip_weights": (), "update": (), "save": (), "run": (), "parse_args": (), "main": ()}
 SAME_STATEMENTS = {"critic_loss": (), "discriminator_loss": ("alpha_gan",)}  # their docstrings may differ
 DIFF = {("wgan", "wgan_gp"): 40, ("dcgan", "wgan"): 80, ("bigan", "wbli"): 100}
 COMMON = ["load_data", "sample_batch", "save_grid", "as_float"]  # the others in common.py serve these
@@ -130,7 +130,7 @@ def test_what_stands_in_which_section(model):
     assert {name: found[name] for name in ("networks", "draw_z", "generate", "train")} == dict.fromkeys(
         ("networks", "draw_z", "generate", "train"), "# Training"
     )
-    assert all(found[name] == "# Running" for name in ("run", "save", "restore", "parse_args", "main"))
+    assert all(found[name] == "# Running" for name in ("run", "save", "parse_args", "main"))
     assert all(section(node) == "# Networks" for node in TREE[model].body if isinstance(node, ast.ClassDef))
 
 

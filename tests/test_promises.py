@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -500,7 +501,7 @@ def test_a_failing_rename_leaves_the_last_checkpoint(model, copied, monkeypatch,
 def test_a_run_that_diverges_stops_and_keeps_what_was_finite(model, extra, tmp_path, monkeypatch, capsys):
     out, seen = tmp_path / "run", []
     meddle(monkeypatch, model, lambda step, metrics: seen.append(metrics))
-    stops(1, model, *POINTS, *extra, "--lr", 1e30, "--save-every", 1, "--log-every", 1, "--out", out)
+    stops(1, model, *POINTS, *extra, "--lr", 1e18, "--save-every", 1, "--log-every", 1, "--out", out)
     (line,) = errors(capsys.readouterr().err, model)
     finite = [all(value.isfinite() for value in metrics.values()) for metrics in seen]
     assert all(finite[:-1]) and not finite[-1] and load(out)["step"] == len(seen) - 1
@@ -723,3 +724,18 @@ assert not heavy, heavy
     assert ended.stderr == "" and ended.stdout.startswith("usage:")
     assert list((tmp_path / "empty").iterdir()) == []
     assert sorted(path for path in ROOT.iterdir() if path.name != "__pycache__") == before
+
+
+@each
+@pytest.mark.parametrize("snapshots", [0, 1, 2, 5])
+def test_snapshots_of_the_generator_evenly_over_the_run(model, snapshots, tmp_path):
+    """N of them in 9 steps, the last at the end, each as the checkpoint of that step has it."""
+    train(model, *POINTS, "--snapshots", snapshots, "--steps", 9, "--out", tmp_path / "run")
+    found = sorted(path.name for path in (tmp_path / "run").glob("snapshots/*"))
+    assert found == [f"{math.ceil(9 * i / snapshots):07d}.pt" for i in range(1, snapshots + 1)]
+    if snapshots:
+        thin = torch.load(tmp_path / "run/snapshots" / found[0], weights_only=True)
+        train(model, *POINTS, "--steps", thin["step"], "--out", tmp_path / "short")
+        assert thin["model"] == model and f"{thin['step']:07d}.pt" == found[0]
+        generator = load(tmp_path / "short")["networks"]["generator"]
+        assert not differences(thin["networks"], {"generator": generator})
