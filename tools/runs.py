@@ -157,6 +157,16 @@ def reconstructions(run, x, batch_size, task=None):
     )
 
 
+def probabilities(run, x):
+    """q(k|x) of x as a data set has it: (N, K)."""
+    return in_batches(lambda x: run.model.component_probabilities(run.nets, x), x, 500, run.device)
+
+
+def codes(run, x):
+    """E(x) of x as a data set has it: (N, z_dim)."""
+    return in_batches(lambda x: run.model.encode(run.nets, x), x, 500, run.device)
+
+
 def as_data(x):
     """The inverse of common.as_float, as save_grid rounds: −1 ↦ 0, 1 ↦ 255; points stay as they are."""
     return x if x.dim() == 2 else ((x + 1) * 127.5).round().clamp(0, 255).byte()
