@@ -92,3 +92,33 @@ def state(nets):
         name: ([copied(p) for p in net.parameters()], [copied(p.grad) for p in net.parameters()])
         for name, net in nets.items()
     }
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(model, shape, *flags, name="run", dataset=None) → the folder of an untrained, tiny run.
+
+    Its weights are large enough to tell samples apart, and its batch norms have seen other statistics than
+    0 and 1, so that eval mode can be told from train mode.
+    """
+
+    def make_run(model, shape, *flags, name="run", dataset=None):
+        dataset = dataset or ("grid" if list(shape) == [2] else "glyphs")
+        small = ["--dataset", str(dataset), "--image-size", str(shape[-1]), "--z-dim", "4", "--width", "4"]
+        config = model.parse_args([*small, "--device", "cpu", *map(str, flags)])
+        config.shape, out = list(shape), tmp_path / name
+        torch.manual_seed(config.seed)
+        nets = torch.nn.ModuleDict(model.networks(config))
+        with torch.no_grad():
+            for weight in (p for p in nets["generator"].parameters() if p.dim() > 1):
+                weight.normal_(0, 0.5)
+            model.generate(nets, model.draw_z(16, config, torch.device("cpu")))
+        kept = {key: value for key, value in vars(config).items() if key not in ("out", "resume")}
+        saved = {"model": config.model, "step": 7, "config": kept, "optimizers": {}, "rng": {}}
+        saved["networks"] = {key: net.state_dict() for key, net in nets.items()}
+        saved["fixed_z"] = model.draw_z(4, config, torch.device("cpu"))
+        out.mkdir()
+        torch.save(saved, out / "checkpoint.pt")
+        return out
+
+    return make_run

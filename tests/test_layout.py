@@ -304,3 +304,13 @@ def test_the_readme_knows_every_file_and_flag():
         flags = re.findall(r'flag\("(--[a-z-]+)"', TEXT[model])
         assert [flag for flag in flags if flag not in readme] == []
     assert "pip install -r requirements.txt && python " in readme
+
+
+@pytest.mark.parametrize("tool", ["sample"])
+def test_the_readme_knows_every_tool_and_flag(tool):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"python -m tools.{tool}" in readme
+    for name in (tool, "runs"):
+        text = (ROOT / f"tools/{name}.py").read_text(encoding="utf-8")
+        flags = re.findall(r'(?:flag|add_argument)\(\s*"(--[a-z-]+)"', text)
+        assert flags and [flag for flag in flags if flag not in readme] == []

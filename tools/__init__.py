@@ -1,0 +1,1 @@
+"""Command-line tools that work on the folder of a run: python -m tools.sample, python -m tools.evaluate."""

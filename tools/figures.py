@@ -1,0 +1,112 @@
+"""The figures of a report, each a function that writes one PNG file."""
+
+from inspect import signature
+
+import numpy as np
+import torch
+
+from tools import history
+from tools.runs import codes, draw_z, in_batches, probabilities
+
+SCORES = ("critic", "discriminator")  # networks whose level sets are drawn, if they see x alone
+
+
+def axes(rows=1, columns=1, width=4.5, height=3.5):
+    """(figure, flat list of axes), without a window."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def save(figure, path):
+    """As a PNG file."""
+    figure.savefig(path, dpi=110)
+
+
+def curves(columns_of, path):
+    """A panel for each logged quantity, with a filtered curve for each run: {run: {quantity: array}}."""
+    names = list(dict.fromkeys(name for columns in columns_of.values() for name in columns if name != "step"))
+    width = min(3, len(names))
+    figure, panels = axes(-(-len(names) // width), width)
+    for name, panel in zip(names, panels, strict=False):
+        for i, (label, columns) in enumerate(columns_of.items()):
+            if name in columns:
+                panel.plot(columns["step"], history.filtered(columns[name]), color=f"C{i % 10}", label=label)
+        panel.set(title=name, xlabel="step")
+        panel.legend(fontsize="x-small")
+    for panel in panels[len(names) :]:
+        panel.remove()
+    save(figure, path)
+
+
+def along(points_of, fid, path):
+    """For each run the FID of its snapshots over steps and, on an axis of its own, what it estimated."""
+    figure, panels = axes(1, len(points_of))
+    for panel, (label, points) in zip(panels, points_of.items(), strict=True):
+        (name,) = points.keys() - {"step", "fid"}
+        other = panel.twinx()
+        lines = panel.plot(points["step"], points["fid"], "o-", color="C0", label=fid)
+        lines += other.plot(points["step"], points[name], "s--", color="C1", label=name)
+        panel.set(title=label, xlabel="step", ylabel=fid)
+        other.set_ylabel(name)
+        panel.legend(handles=lines, fontsize="x-small")
+    save(figure, path)
+
+
+def score_of(run):
+    """The name of the run's network that scores x alone, or None."""
+    for name in SCORES:
+        if name in run.nets and len(signature(run.nets[name].forward).parameters) == 1:
+            return name
+    return None
+
+
+def levels(run, x, fake, path, points=1000):
+    """Level sets of the critic or discriminator over the plane, with real and generated points (N, 2)."""
+    x, fake = x[:points].numpy(), fake[:points].numpy()
+    limit = 1.15 * np.abs(x).max()
+    line = torch.linspace(-limit, limit, 121)
+    plane = torch.cartesian_prod(line, line)
+    score = in_batches(run.nets[score_of(run)], plane, 5000, run.device).view(121, 121).T
+    figure, (panel,) = axes(width=5, height=5)
+    panel.contour(line.numpy(), line.numpy(), score.numpy(), levels=25, linewidths=0.8)
+    panel.scatter(*x.T, s=3, color="tab:orange", label="real")
+    panel.scatter(*fake.T, s=3, color="tab:green", label="generated")
+    panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=run.path.name)
+    panel.legend(fontsize="x-small", loc="upper right")
+    save(figure, path)
+
+
+def heat_map(run, data, path):
+    """The matrix E[q(k|x) | label]: a row for each label."""
+    q = probabilities(run, data.x_test)
+    matrix = torch.stack([q[data.y_test == label].mean(0) for label in range(data.classes)]).nan_to_num()
+    figure, (panel,) = axes(width=5, height=4.5)
+    image = panel.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, label="mean of q(k|x)")
+    panel.set(xlabel="component k", ylabel="label", title=run.path.name)
+    panel.set(xticks=range(matrix.shape[1]), yticks=range(data.classes))
+    save(figure, path)
+
+
+def umap(run, data, n, path):
+    """A map of E(x) for n test items, coloured by label, with n draws from the prior in grey."""
+    x, y = data.x_test[:n], data.y_test[:n]
+    z_hat = codes(run, x)
+    z = draw_z(run, n, data.options.seed)
+    plane = umap_plane(torch.cat([z_hat, z]), data.options.seed)
+    figure, (panel,) = axes(width=6, height=5)
+    panel.scatter(*plane[len(x) :].T, s=4, color="0.75", label="prior")
+    dots = panel.scatter(*plane[: len(x)].T, s=6, c=y.numpy(), cmap="tab10")
+    figure.colorbar(dots, label="label", ticks=range(data.classes))
+    panel.set(xticks=[], yticks=[], title=run.path.name)
+    panel.legend(fontsize="x-small")
+    save(figure, path)
+
+
+def umap_plane(z, seed):
+    """UMAP's map (N, 2) of codes (N, d)."""
+    from umap import UMAP
+
+    return UMAP(random_state=seed, n_jobs=1).fit_transform(z.numpy())

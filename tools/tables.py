@@ -1,0 +1,159 @@
+"""The tables of an evaluation: a row a run, a column a measure, the best of each marked."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from tools.runs import DIGITS
+
+# What two runs may differ in and still count as the same but for the seed.
+FREE = {"seed", "device", "data_dir", "out", "resume", "log_every", "sample_every", "save_every", "snapshots"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: its title, the format of its numbers, and which is best: "lower", "higher", "data" or None.
+
+    "data": the one nearest to the value of real data.
+    """
+
+    title: str
+    form: str
+    best: str | None
+
+
+METRICS = {
+    "fid": Metric("classifier FID", ".2f", "lower"),
+    "inception_score": Metric("IS", ".2f", "higher"),
+    "rarest_class": Metric("rarest class", ".1%", "higher"),
+    "entropy": Metric("entropy", ".3f", "higher"),
+    "diversity": Metric("diversity", ".3f", "data"),
+    "critic": Metric("critic W", ".3f", "lower"),
+    "modes": Metric("modes", ".0f", "higher"),
+    "high_quality": Metric("high quality", ".1%", "higher"),
+    "kl_uniform": Metric("KL uniform", ".3f", "lower"),
+    "reconstruction": Metric("error", ".4f", "lower"),
+    "reconstruction_random": Metric("error, random pair", ".4f", None),
+    "label_kept": Metric("label kept", ".1%", "higher"),
+    "nn_z": Metric("1-NN z", ".2%", "higher"),
+    "nn_features": Metric("1-NN features", ".2%", "higher"),
+    "nn_untrained": Metric("1-NN untrained", ".2%", None),
+    "probe_z": Metric("probe z", ".2%", "higher"),
+    "probe_features": Metric("probe features", ".2%", "higher"),
+    "probe_untrained": Metric("probe untrained", ".2%", None),
+    "matching": Metric("matching", ".1%", "higher"),
+    "nmi": Metric("NMI", ".3f", "higher"),
+    "least_used": Metric("least used", ".1%", "higher"),
+    "rank_correlation": Metric("rank corr.", ".2f", None),
+}
+
+
+def title(name, dataset):
+    """The head of a column; whose classifier FID is computed with is always said."""
+    digits = "digit-" if name == "fid" and dataset in DIGITS else ""
+    return digits + METRICS[name].title
+
+
+def best_of(name, values, real):
+    """The indices of the best of these numbers, some perhaps None; [] if all or none of them are."""
+    present = [i for i, value in enumerate(values) if value is not None]
+    rule = METRICS[name].best
+    if len(present) < 2 or rule is None or (rule == "data" and real is None):
+        return []
+    cost = {"lower": lambda v: v, "higher": lambda v: -v, "data": lambda v: abs(v - real)}[rule]
+    least = min(cost(values[i]) for i in present)
+    best = [i for i in present if cost(values[i]) == least]
+    return [] if len(best) == len(present) else best
+
+
+def seeds(configs):
+    """[indices] of runs that differ in nothing but their seed, two or more; configs are dictionaries."""
+    groups = defaultdict(list)
+    for i, config in enumerate(configs):
+        groups[repr(sorted((k, v) for k, v in config.items() if k not in FREE))].append(i)
+    return [group for group in groups.values() if len({configs[i].get("seed") for i in group}) > 1]
+
+
+def mean_and_deviation(values):
+    """(mean, standard deviation with n − 1) of those that are not None; None for fewer than two."""
+    values = [value for value in values if value is not None]
+    return (mean(values), stdev(values)) if len(values) > 1 else None
+
+
+def labels_of(runs):
+    """What to call runs: the names of their folders, or the whole paths if two have the same name."""
+    names = [run.path.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+
+def rows(done):
+    """The table as lists of strings: its head, a row for each run, means over seeds, real data, raw pixels.
+
+    done: [(run, its evaluation)], all on the same data.
+    """
+    labels, results = labels_of([run for run, _ in done]), [result for _, result in done]
+    dataset, references = results[0]["dataset"], results[0]["references"]
+    used = [name for name in METRICS if any(name in result["metrics"] for result in results)]
+    same = seeds([vars(run.config) | {"step": run.step} for run, _ in done])
+    steps = [str(result["step"]) for result in results]
+    means = [f"mean of {len(group)}: {labels[group[0]]} …" for group in same]
+    columns = [["run", *labels, *means, *references]]
+    columns += [["step", *steps, *(steps[group[0]] for group in same), *[""] * len(references)]]
+    for name in used:
+        form, values = METRICS[name].form, [result["metrics"].get(name) for result in results]
+        best = best_of(name, values, references.get("real data", {}).get(name))
+        column = [title(name, dataset)]
+        for i, value in enumerate(values):
+            column.append("–" if value is None else format(value, form) + (" *" if i in best else ""))
+        for group in same:
+            found = mean_and_deviation([values[i] for i in group])
+            column.append(" ± ".join(format(value, form) for value in found) if found else "–")
+        for reference in references.values():
+            column.append(format(reference[name], form) if name in reference else "–")
+        columns.append(column)
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def aligned(table):
+    """The table as text: the first column to the left, numbers to the right, the mark behind them."""
+    padded = []
+    for i, column in enumerate(zip(*table, strict=True)):
+        marks = any(cell.endswith(" *") for cell in column)
+        cells = [cell if cell.endswith(" *") or not marks else cell + "  " for cell in column]
+        width = max(map(len, cells))
+        padded.append([cell.ljust(width) if i == 0 else cell.rjust(width) for cell in cells])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
+
+
+def markdown(table):
+    """The table in Markdown, the best in bold."""
+
+    def line(cells):
+        return "| " + " | ".join(cells) + " |"
+
+    bold = [[f"**{cell[:-2]}**" if cell.endswith(" *") else cell for cell in row] for row in table]
+    rule = ["---", *["---:"] * (len(table[0]) - 1)]
+    return "\n".join([line(bold[0]), line(rule), *map(line, bold[1:])])
+
+
+def caption(result):
+    """What the numbers of a table rest on, in a line or two."""
+    settings, n = result["settings"], f"{result['n']} samples, seed {result['seed']}"
+    parts = [f"{result['dataset']}: {n}"]
+    if "classifier" in settings:
+        kind = "digit classifier" if settings["classifier"]["of"] == "digits" else "classifier"
+        parts.append(f"{kind} with {settings['classifier']['test_accuracy']:.2%} test accuracy")
+    if "ms_ssim" in settings:
+        of = settings["ms_ssim"]
+        window = f"{of['window']}×{of['window']} window, σ {of['sigma']}"
+        parts.append(f"diversity 1 − MS-SSIM over {of['scales']} scales, {window}")
+    budget = settings["critic"]
+    parts.append(
+        f"critic W after {budget['steps']} steps of batch {budget['batch']}, λ {budget['gp_weight']}"
+    )
+    return "; ".join(parts)
+
+
+def text(done):
+    """The aligned table with its caption."""
+    return aligned(rows(done)) + "\n" + caption(done[0][1]) + "; * the best\n"
