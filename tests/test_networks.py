@@ -15,9 +15,11 @@ NETWORKS = {
     "wgan": ["generator", "critic"],
     "wgan_gp": ["generator", "critic"],
     "wbli": ["generator", "encoder", "critic"],
+    "gm_wae": ["generator", "encoder", "classifier"],
 }
+ALIKE = ["dcgan", "wgan", "wgan_gp", "wbli"]  # --network says of what kind all networks are; prior N or U
 JOINT = ["wbli"]  # the critic or discriminator takes x and z
-ENCODERS = [name for name, nets in NETWORKS.items() if "encoder" in nets]
+ENCODERS = [name for name in ALIKE if "encoder" in NETWORKS[name]]
 PENALISED = ["wgan_gp", "wbli"]  # the critic is under a gradient penalty
 MIXED = {
     "dcgan": "discriminator",
@@ -74,6 +76,9 @@ def build(configure):
 
 
 def score(model, nets, x, z):
+    """A number for each x: F or D, or the largest logit of q(k|x)."""
+    if "classifier" in nets:
+        return nets["classifier"](x).amax(1)
     critic = nets.get("critic") or nets["discriminator"]
     return critic(x, z) if model.__name__ in JOINT else critic(x)
 
@@ -125,7 +130,7 @@ def test_range(model, shape, network, build):
     assert "encoder" not in nets or model.encode(nets, x).abs().max() > 2
 
 
-@each(NETWORKS)
+@each(ALIKE)
 @each_kind
 def test_width(model, shape, network, configure):
     nets = model.networks(configure(model, shape, "--network", network, "--width", 3))
@@ -217,7 +222,7 @@ def test_one_conv_net_limits_the_size(model, configure):
 # The papers' rules
 
 
-@each(NETWORKS)
+@each(ALIKE)
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_rules_of_dcgan(model, channels, size, configure):
@@ -243,7 +248,7 @@ def test_plain_generator(model, configure):
     assert [layer.out_channels for layer in of_kind(generator, nn.ConvTranspose2d)] == [7, 7, 7, 7, 3]
 
 
-@each(NETWORKS)
+@each(ALIKE)
 @pytest.mark.parametrize("shape", [[1, 32, 32], [2]], ids=str)
 def test_mlp(model, shape, configure):
     """ReLU and batch norm in generators, LeakyReLU 0.2 without norm in all others; no norm for points."""
@@ -334,7 +339,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(model, shape, network, build
 # Random numbers
 
 
-@each(NETWORKS)
+@each(ALIKE)
 def test_prior(model, configure):
     config = configure(model, [1, 32, 32], "--z-dim", 7)
     n = 40_000

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 ALL = ("dcgan", "wgan", "wgan_gp", "bigan", "wbli", "gm_wae", "alpha_gan")
 MODELS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
 EXTRA = {"wbli": [["--constraint", "gp"], ["--constraint", "clip"]]}  # what makes another run of a model
+EXTRA |= {"gm_wae": [["--pretrain-steps", 3]]}
 CASES = [(name, flags) for name in MODELS for flags in EXTRA.get(name, [[]])]
 TINY = ["--device", "cpu", "--width", 2, "--batch-size", 4]
 POINTS = ["--dataset", "ring", *TINY]
