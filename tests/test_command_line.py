@@ -440,7 +440,8 @@ def test_resuming_with_a_flag_that_contradicts_the_run(model, refused, copied):
         if flag.choices:
             value = next(choice for choice in flag.choices if choice != now)
         else:
-            value = {"dataset": "grid", "out": "elsewhere"}.get(flag.dest) or now * 2 + 1
+            others = {"dataset": "grid", "out": "elsewhere", "init": "elsewhere", "components": 2}
+            value = others.get(flag.dest) or now * 2 + 1
         line = refused(model, "--resume", run, "--steps", "9", "--device", "cpu", name, value)
         assert name in line and str(value) in line
         checked.add(name)

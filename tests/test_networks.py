@@ -16,9 +16,11 @@ NETWORKS = {
     "wgan_gp": ["generator", "critic"],
     "bigan": ["generator", "encoder", "discriminator"],
     "wbli": ["generator", "encoder", "critic"],
+    "gm_wae": ["generator", "encoder", "classifier"],
 }
+ALIKE = ["dcgan", "wgan", "wgan_gp", "bigan", "wbli"]  # --network says of what kind all networks are
 JOINT = ["bigan", "wbli"]  # the critic or discriminator takes x and z
-ENCODERS = [name for name, nets in NETWORKS.items() if "encoder" in nets]
+ENCODERS = [name for name in ALIKE if "encoder" in NETWORKS[name]]
 PENALISED = ["wgan_gp", "wbli"]  # the critic is under a gradient penalty
 MIXED = {
     "dcgan": "discriminator",
@@ -77,6 +79,9 @@ def build(configure):
 
 
 def score(model, nets, x, z):
+    """A number for each x: F or D, or the largest logit of q(k|x)."""
+    if "classifier" in nets:
+        return nets["classifier"](x).amax(1)
     critic = nets.get("critic") or nets["discriminator"]
     return critic(x, z) if model.__name__ in JOINT else critic(x)
 
@@ -126,10 +131,10 @@ def test_range(model, shape, network, build):
         assert x_fake.abs().max() > 2
     assert score(model, nets, x, z).abs().max() > 2
     if "encoder" in nets:
-        assert (model.encode(nets, x).abs().max() > 2) == (config.prior == "normal")
+        assert (model.encode(nets, x).abs().max() > 2) == (config.prior != "uniform")
 
 
-@each(NETWORKS)
+@each(ALIKE)
 @each_kind
 def test_width(model, shape, network, configure):
     nets = model.networks(configure(model, shape, "--network", network, "--width", 3))
@@ -221,7 +226,7 @@ def test_one_conv_net_limits_the_size(model, configure):
 # The papers' rules
 
 
-@each(NETWORKS)
+@each(ALIKE)
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_rules_of_dcgan(model, channels, size, configure):
@@ -247,7 +252,7 @@ def test_plain_generator(model, configure):
     assert [layer.out_channels for layer in of_kind(generator, nn.ConvTranspose2d)] == [7, 7, 7, 7, 3]
 
 
-@each([name for name in NETWORKS if name != "bigan"])  # whose paper has other mlps: test_bigan.py
+@each([name for name in ALIKE if name != "bigan"])  # whose paper has other mlps: test_bigan.py
 @pytest.mark.parametrize("shape", [[1, 32, 32], [2]], ids=str)
 def test_mlp(model, shape, configure):
     """ReLU and batch norm in generators, LeakyReLU 0.2 without norm in all others; no norm for points."""
@@ -338,7 +343,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(model, shape, network, build
 # Random numbers
 
 
-@each(NETWORKS)
+@each(ALIKE)
 def test_prior(model, configure):
     config = configure(model, [1, 32, 32], "--z-dim", 7)
     n = 40_000

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 ALL = ("dcgan", "wgan", "wgan_gp", "bigan", "wbli", "gm_wae", "alpha_gan")
 MODELS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
 EXTRA = {"wbli": [["--constraint", "gp"], ["--constraint", "clip"]]}  # what makes another run of a model
+EXTRA |= {"gm_wae": [["--pretrain-steps", 3]]}
 CASES = [(name, flags) for name in MODELS for flags in EXTRA.get(name, [[]])]
 TINY = ["--device", "cpu", "--width", 2, "--batch-size", 4]
 POINTS = ["--dataset", "ring", *TINY]
@@ -254,6 +255,7 @@ def test_the_contents_of_a_run(model, kind, images, tmp_path):
     train(model, *flags, "--steps", 7, "--log-every", 3, "--sample-every", 2, "--save-every", 4)
     found = files(out)
     folders = ["samples", "reconstructions"] if encoder else ["samples"]
+    folders += ["components", "components-half"] if model == "gm_wae" else []
     pictures = {f"{folder}/{step:07d}.png" for folder in folders for step in (2, 4, 6, 7)}
     assert found.keys() == {"checkpoint.pt", "config.json", "metrics.csv", f"{model}.py"} | pictures
     assert found[f"{model}.py"] == (ROOT / f"{model}.py").read_bytes()

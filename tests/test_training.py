@@ -26,6 +26,12 @@ CASES = [
     ("wbli", GREY, "--network", "mlp"),
     ("wbli", POINTS),
 ]
+SHORT = ("--pretrain-steps", "2")
+NO_CRITIC = [  # what a critic does to others is nothing to these; test_gm_wae.py says what they do
+    ("gm_wae", COLOUR, *SHORT),
+    ("gm_wae", GREY, "--network", "mlp", "--objective", "vae", *SHORT),
+    ("gm_wae", POINTS, *SHORT),
+]
 CLIPPED = [
     ("wgan", COLOUR),
     ("wgan", POINTS),
@@ -273,7 +279,7 @@ def test_gp_weight_is_a_factor(model, shape, flags, start):
 # iteration() and pictures(z)
 
 
-@each_case(CASES)
+@each_case(CASES + NO_CRITIC)
 def test_iteration_returns_numbers_without_a_past(model, shape, flags, start):
     run = start(model, shape, *flags)
     assert not inspect.signature(run.iteration).parameters
@@ -286,11 +292,11 @@ def test_iteration_returns_numbers_without_a_past(model, shape, flags, start):
     assert len({tuple(value.item() for value in metrics.values()) for metrics in found}) == 3
 
 
-@each(CRITIC)
+@each_case([(name, shape) for name in CRITIC for shape in (GREY, POINTS)] + NO_CRITIC)
 @pytest.mark.parametrize("items", [1, 3])
 def test_fewer_items_than_a_batch_holds(model, shape, flags, items, start):
-    x_train = start(model, shape).x_train[:items]
-    run = start(model, shape, "--batch-size", 16, x_train=x_train)
+    x_train = start(model, shape, *flags).x_train[:items]
+    run = start(model, shape, *flags, "--batch-size", 16, x_train=x_train)
     forget(run)
     for _ in range(2):
         assert all(value.isfinite() for value in run.iteration().values())
@@ -312,7 +318,7 @@ def test_every_size(model, shape, flags, start):
         assert all(value.isfinite() for value in run.iteration().values())
 
 
-@each_case(CASES)
+@each_case(CASES + NO_CRITIC)
 def test_the_seed_fixes_training(model, shape, flags, start):
     found = []
     for state, seed in ((1, 5), (2, 5), (2, 6)):
@@ -327,7 +333,7 @@ def test_the_seed_fixes_training(model, shape, flags, start):
     assert not equal(found[0], found[2])
 
 
-@each_case(CASES)
+@each_case(CASES + NO_CRITIC)
 @pytest.mark.parametrize("n", [16, 30])
 def test_pictures_change_nothing(model, shape, flags, n, start):
     """Called as run() does: in eval mode. Neither weights nor statistics nor random numbers move."""
@@ -384,6 +390,8 @@ def adam(*betas):
         ("wbli", ["--lr", 3e-4], adam(0.5, 0.9), 3e-4),
         ("wbli", ["--constraint", "clip"], RMSPROP, 5e-5),
         ("wbli", ["--constraint", "clip", "--lr", 3e-4], RMSPROP, 3e-4),
+        ("gm_wae", SHORT, adam(0.5, 0.999), 5e-4),
+        ("gm_wae", ["--lr", 3e-4, *SHORT], adam(0.5, 0.999), 3e-4),
     ],
     indirect=["model"],
 )

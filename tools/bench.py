@@ -109,7 +109,7 @@ def baseline(model, config, x_train, x_test):
     def by_default(optimizer, parameters, *, fused=None, foreach=None, capturable=None, **settings):
         return optimizer(parameters, **settings)
 
-    def through_all(self, inputs, **kwargs):
+    def through_all(self, inputs=parameters, **kwargs):
         """The gradients of all networks, of which those that were not asked for are then dropped."""
         asked = {id(weight) for weight in inputs}
         others = [(weight, weight.grad) for weight in parameters if id(weight) not in asked]
