@@ -106,8 +106,8 @@ def baseline(model, config, x_train, x_test):
     def contiguous(self, *args, memory_format=None, **kwargs):
         return to(self, *args, **kwargs)
 
-    def by_default(optimizer, parameters, *, fused=None, foreach=None, capturable=None, **settings):
-        return optimizer(parameters, **settings)
+    def by_default(optimizer, *args, fused=None, foreach=None, capturable=None, **settings):
+        return optimizer(*args, **settings)
 
     def through_all(self, inputs=parameters, **kwargs):
         """The gradients of all networks, of which those that were not asked for are then dropped."""
