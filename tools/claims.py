@@ -8,6 +8,7 @@ Networks and losses are those of the model files. Each claim prints a table and 
 """
 
 import math
+from copy import deepcopy
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -22,40 +23,36 @@ from tools import figures
 from tools.runs import Parser, seeded, whole
 from tools.tables import aligned
 from wgan import clip_weights, critic_loss
-from wgan import generator_loss as wasserstein_generator_loss
+from wgan import generator_loss as critic_generator_loss
 from wgan_gp import gradient_penalty, mlp
 
 BATCH, MANY = 256, 10_000  # samples in a step of training; samples that a result is taken on
 GP_WEIGHT, CLIP = 10, 0.01  # as published for WGAN-GP and WGAN
-THETAS = (-1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1)
+GP_WEIGHTS = (GP_WEIGHT, 1)  # the second is less than half the distance of the Gaussians: see penalised_em
+THETAS = (-1, -0.5, -0.1, 0, 0.1, 0.5, 1)
 MEAN, STD = 2, 0.5  # of the Gaussians: data N(−2, ½²), fakes N(2, ½²)
-CLIPS, LAYERS, UNITS = (0.001, 0.01, 0.1), 12, 128  # of the deep critics
+CLIPS, LAYERS, UNITS, LR = (0.001, 0.01, 0.1), 12, 128, 5e-4  # of the deep critics
 
 # Training to optimality
 
 
 def network(n_in, units=64, layers=2, slope=0.2):
-    """x (N, n_in) → (N,), the mlp of the model files, with He's initial weights, which suit any depth."""
-    net = nn.Sequential(*mlp(n_in, 1, units, layers, slope=slope), nn.Flatten(0))
-    for layer in net:
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_uniform_(layer.weight, a=slope)
-            nn.init.zeros_(layer.bias)
-    return net
+    """x (N, n_in) → (N,): the mlp of the model files."""
+    return nn.Sequential(*mlp(n_in, 1, units, layers, slope=slope), nn.Flatten(0))
 
 
-def penalised(critic, x, x_fake):
-    """The loss of WGAN-GP's critic."""
-    return critic_loss(critic(x), critic(x_fake)) + GP_WEIGHT * gradient_penalty(critic, x, x_fake)
-
-
-def clipped(critic, x, x_fake):
-    """The loss of WGAN's critic, whose weights `fit` clips."""
+def wasserstein(critic, x, x_fake):
+    """The loss of a critic; WGAN's if `fit` clips the weights."""
     return critic_loss(critic(x), critic(x_fake))
 
 
+def penalised(critic, x, x_fake, gp_weight=GP_WEIGHT):
+    """The loss of WGAN-GP's critic."""
+    return wasserstein(critic, x, x_fake) + gp_weight * gradient_penalty(critic, x, x_fake)
+
+
 def logistic(discriminator, x, x_fake):
-    """The loss of the discriminator."""
+    """The loss of a discriminator."""
     return discriminator_loss(discriminator(x), discriminator(x_fake))
 
 
@@ -75,10 +72,9 @@ def fit(net, loss, draw, steps, lr=1e-3, clip=None):
 
 
 def gradients(loss, x):
-    """|∂ℓ/∂x| at each of the x (N, 1), where `loss` is the mean of ℓ over them."""
+    """∂ℓ/∂x at each of the x (N, 1), where `loss` is the mean of ℓ over them."""
     x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(x) * len(x), x)
-    return gradient.abs().flatten()
+    return torch.autograd.grad(loss(x) * len(x), x)[0].flatten()
 
 
 # Example 1 of WGAN
@@ -94,12 +90,12 @@ def js_of_lines(theta):
     return math.log(2) if theta else 0.0
 
 
-def penalised_em(distance):
-    """The W that a critic with a penalty finds between points this far apart: its best slope is 1 + d/2λ.
+def penalised_em(distance, gp_weight=GP_WEIGHT):
+    """The W of the best critic with a penalty between points this far apart: its slope is 1 + d/2λ.
 
-    For a slope s it maximises s·d − λ(s − 1)².
+    For a slope s it maximises s·d − λ(|s| − 1)², which has a second maximum at s = −1 + d/2λ where d < 2λ.
     """
-    return distance * (1 + distance / (2 * GP_WEIGHT))
+    return distance * (1 + distance / (2 * gp_weight))
 
 
 def draw_lines(theta, n):
@@ -121,13 +117,17 @@ def lines(steps, path):
     rows, found = [["θ", "EM", "EM, penalised", "W estimate", "JS", "JS estimate"]], []
     for theta in THETAS:
         draw = partial(draw_lines, theta)
-        w, js = estimates(fit(network(2), penalised, draw, steps), fit(network(2), logistic, draw, steps), draw)
+        w, js = estimates(
+            fit(network(2), penalised, draw, steps), fit(network(2), logistic, draw, steps), draw
+        )
         found.append((w, js))
         numbers = em_of_lines(theta), penalised_em(abs(theta)), w, js_of_lines(theta), js
         rows.append([f"{theta:g}", *(f"{number:.4f}" for number in numbers)])
     figure, panels = figures.axes(1, 2)
     closed = ([em_of_lines(t) for t in THETAS], [js_of_lines(t) for t in THETAS])
-    for panel, name, truth, values in zip(panels, ("EM", "JS"), closed, zip(*found, strict=True), strict=True):
+    for panel, name, truth, values in zip(
+        panels, ("EM", "JS"), closed, zip(*found, strict=True), strict=True
+    ):
         panel.plot(THETAS, truth, "-" if name == "EM" else "_", color="0.5", label=f"{name}, closed form")
         panel.plot(THETAS, values, "o", color="C0", label="estimate")
         panel.set(xlabel="θ", title=f"{name} of two parallel lines")
@@ -151,35 +151,37 @@ def best_logit(x):
 
 def gaussians(steps, path):
     """The table and the figure of figure 2."""
-    d = fit(network(1), logistic, draw_gaussians, steps)
-    f_clip = fit(network(1), clipped, draw_gaussians, steps, clip=CLIP)
-    f_gp = fit(network(1), penalised, draw_gaussians, steps)
+    d, critics = fit(network(1), logistic, draw_gaussians, steps), {}
+    critics[f"clipped at {CLIP}"] = fit(network(1), wasserstein, draw_gaussians, steps, clip=CLIP)
+    for weight in GP_WEIGHTS:
+        loss = partial(penalised, gp_weight=weight)
+        critics[f"penalty {weight}"] = fit(network(1), loss, draw_gaussians, steps)
     losses = {
-        "log(1 − D)": (lambda x: minimax_generator_loss(d(x)), lambda x: minimax_generator_loss(best_logit(x))),
-        "−log D": (lambda x: generator_loss(d(x)), lambda x: generator_loss(best_logit(x))),
-        f"−F, clipped at {CLIP}": (lambda x: wasserstein_generator_loss(f_clip(x)), None),
-        f"−F, penalty {GP_WEIGHT}": (lambda x: wasserstein_generator_loss(f_gp(x)), lambda x: x.mean()),
+        "log(1 − D), optimal D": lambda x: minimax_generator_loss(best_logit(x)),
+        "log(1 − D)": lambda x: minimax_generator_loss(d(x)),
+        "−log D, optimal D": lambda x: generator_loss(best_logit(x)),
+        "−log D": lambda x: generator_loss(d(x)),
     }
+    losses |= {f"−F, {name}": lambda x, f=f: critic_generator_loss(f(x)) for name, f in critics.items()}
     _, x_fake = draw_gaussians(MANY)
     between = torch.linspace(-MEAN, MEAN, 1001)[:, None]
-    rows = [["loss of G", "mean |gradient|", "of optimal D or F", "median", "least / greatest slope"]]
-    for name, (loss, optimal) in losses.items():
-        here, slopes = gradients(loss, x_fake), gradients(loss, between)
-        best = f"{gradients(optimal, x_fake).mean():.3g}" if optimal else "K"
-        ratio = slopes.min() / slopes.max()
-        rows.append([name, f"{here.mean():.3g}", best, f"{here.median():.3g}", f"{ratio:.2g}"])
-    x = torch.linspace(-2 * MEAN, 2 * MEAN, 401)[:, None]
+    rows = [["loss of G", "mean |gradient|", "median", "to the data", "least / greatest"]]
+    for name, loss in losses.items():
+        here, slopes = gradients(loss, x_fake), gradients(loss, between).abs()
+        sizes = f"{here.abs().mean():.3g}", f"{here.abs().median():.3g}"
+        rows.append([name, *sizes, f"{(here > 0).float().mean():.1%}", f"{slopes.min() / slopes.max():.2g}"])
+    x, ends = torch.linspace(-2 * MEAN, 2 * MEAN, 401)[:, None], torch.tensor([[-1.0], [1.0]]) * MEAN
     figure, (panel,) = figures.axes(width=6.5, height=4)
-    for mean, name in ((-MEAN, "data"), (MEAN, "fakes")):
+    for mean, name in zip(ends, ("data", "fakes"), strict=True):
         density = torch.exp(-(((x - mean) / STD) ** 2) / 2)
         panel.fill_between(x[:, 0].cpu(), density[:, 0].cpu(), alpha=0.25, label=f"density of {name}, scaled")
     with torch.no_grad():
-        panel.plot(x.cpu(), d(x).sigmoid().cpu(), color="C2", label="D")
-        for f, name, color in ((f_clip, "clipped", "C3"), (f_gp, "with a penalty", "C4")):
-            ends = f(torch.tensor([[-float(MEAN)], [float(MEAN)]]))
-            scaled = (f(x) - ends[1]) / (ends[0] - ends[1])
-            panel.plot(x.cpu(), scaled.cpu(), color=color, label=f"F {name}, 1 and 0 at the means")
-    panel.set(xlabel="x", ylim=(-0.6, 1.6), title="D and F between two Gaussians")
+        panel.plot(x.cpu(), d(x).sigmoid().cpu(), color="k", label="D")
+        for name, f in critics.items():
+            (top, bottom), values = f(ends), f(x)
+            scaled = ((values - (top + bottom) / 2) / (top - bottom).abs() + 0.5).cpu()
+            panel.plot(x.cpu(), scaled, label=f"F, {name}, scaled to differ by 1 at the means")
+    panel.set(xlabel="x", ylim=(-0.9, 1.6), title="D and F between two Gaussians")
     panel.legend(fontsize="x-small", loc="lower left")
     figures.save(figure, path)
     return rows
@@ -216,39 +218,43 @@ def depth(steps, path):
 
     rows = [["critic", "first layer", "last layer", "per layer back", "at ±c", "at ±c before"]]
     figure, (left, middle, right) = figures.axes(1, 3)
-    for c in (*CLIPS, None):
-        name = f"penalty {GP_WEIGHT}" if c is None else f"clipped at {c}"
-        critic = network(2, UNITS, LAYERS, slope=0)
-        shares = ["–", "–"]
+    start = network(2, UNITS, LAYERS, slope=0)
+    for c in ("start", *CLIPS, None):
+        critic, name, shares = deepcopy(start), "before training", ["–", "–"]
         if c is None:
-            fit(critic, penalised, draw, steps, lr=1e-4)
-        else:
+            name = f"penalty {GP_WEIGHT}"
+            fit(critic, penalised, draw, steps, LR)
+        elif c != "start":
+            name = f"clipped at {c}"
             clip_weights(critic, c)
-            before = share_at(critic, c)
-            fit(critic, clipped, draw, steps, lr=5e-5, clip=c)
-            shares = [f"{share_at(critic, c):.1%}", f"{before:.1%}"]
-        norms = activation_gradients(critic, draw(MANY)[0])
+            shares[1] = f"{share_at(critic, c):.1%}"
+            fit(critic, wasserstein, draw, steps, LR, clip=c)
+            shares[0] = f"{share_at(critic, c):.1%}"
+        norms = activation_gradients(critic, x_train[:MANY])
         factor = (norms[0] / norms[-1]) ** (1 / (LAYERS - 1))
         rows.append([name, f"{norms[0]:.3g}", f"{norms[-1]:.3g}", f"× {factor:.3g}", *shares])
         left.semilogy(range(1, LAYERS + 1), norms, "o-", label=name)
-        panel, weights = (right, weights_of(critic)) if c is None else (middle, weights_of(critic) / c)
-        panel.hist(weights.cpu().numpy(), 101, density=True, histtype="step", label=name)
+        panel, scale = (middle, c) if c in CLIPS else (right, 1)
+        weights = (weights_of(critic) / scale).cpu().numpy()
+        panel.hist(weights, 101, density=True, histtype="step", label=name)
     left.set(xlabel="hidden layer", title="mean ‖∂F/∂h‖")
     middle.set(xlabel="weight / c", title="weights, clipped", yscale="log")
-    right.set(xlabel="weight", title="weights, penalty", yscale="log")
+    right.set(xlabel="weight", title="weights, not clipped", yscale="log")
     for panel in (left, middle, right):
         panel.legend(fontsize="x-small")
     figures.save(figure, path)
     return rows
 
 
-CLAIMS = {"lines": (lines, 1000), "gaussians": (gaussians, 2000), "depth": (depth, 1000)}
+CLAIMS = {"lines": (lines, 400), "gaussians": (gaussians, 400), "depth": (depth, 300)}
 
 
 def main(argv=None):
     """Check and print as the flags say."""
     parser = Parser("claims", __doc__.split("\n")[0])
-    parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"of {', '.join(CLAIMS)}; all unless given")
+    parser.add_argument(
+        "claims", nargs="*", metavar="CLAIM", help=f"of {', '.join(CLAIMS)}; all unless given"
+    )
     parser.add_argument("--steps", type=whole(1), help="of each training, in place of the claim's own number")
     parser.add_argument("--out", default="runs/claims", help="folder for the figures")
     parser.add_argument("--seed", type=whole(0), default=0, help="fixes everything random")
