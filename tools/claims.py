@@ -28,7 +28,7 @@ from wgan_gp import gradient_penalty, mlp
 
 BATCH, MANY = 256, 10_000  # samples in a step of training; samples that a result is taken on
 GP_WEIGHT, CLIP = 10, 0.01  # as published for WGAN-GP and WGAN
-GP_WEIGHTS = (GP_WEIGHT, 1)  # the second is less than half the distance of the Gaussians: see penalised_em
+GP_WEIGHTS = (GP_WEIGHT, 1)  # of the second there is one best critic, see penalised_em
 THETAS = (-1, -0.5, -0.1, 0, 0.1, 0.5, 1)
 MEAN, STD = 2, 0.5  # of the Gaussians: data N(−2, ½²), fakes N(2, ½²)
 CLIPS, LAYERS, UNITS, LR = (0.001, 0.01, 0.1), 12, 128, 5e-4  # of the deep critics
@@ -117,20 +117,17 @@ def lines(steps, path):
     rows, found = [["θ", "EM", "EM, penalised", "W estimate", "JS", "JS estimate"]], []
     for theta in THETAS:
         draw = partial(draw_lines, theta)
-        w, js = estimates(
-            fit(network(2), penalised, draw, steps), fit(network(2), logistic, draw, steps), draw
-        )
+        nets = [fit(network(2), loss, draw, steps) for loss in (penalised, logistic)]
+        w, js = estimates(*nets, draw)
         found.append((w, js))
         numbers = em_of_lines(theta), penalised_em(abs(theta)), w, js_of_lines(theta), js
         rows.append([f"{theta:g}", *(f"{number:.4f}" for number in numbers)])
     figure, panels = figures.axes(1, 2)
-    closed = ([em_of_lines(t) for t in THETAS], [js_of_lines(t) for t in THETAS])
-    for panel, name, truth, values in zip(
-        panels, ("EM", "JS"), closed, zip(*found, strict=True), strict=True
-    ):
-        panel.plot(THETAS, truth, "-" if name == "EM" else "_", color="0.5", label=f"{name}, closed form")
-        panel.plot(THETAS, values, "o", color="C0", label="estimate")
-        panel.set(xlabel="θ", title=f"{name} of two parallel lines")
+    for i, (panel, name, of) in enumerate(zip(panels, ("EM", "JS"), (em_of_lines, js_of_lines), strict=True)):
+        at = (-1, -1e-9, 0, 1e-9, 1)
+        panel.plot(at, [of(theta) for theta in at], color="0.5", label=f"{name}, closed form")
+        panel.plot(THETAS, [pair[i] for pair in found], "o", label="estimate")
+        panel.set(xlabel="θ", xticks=(-1, -0.5, 0, 0.5, 1), title=f"{name} of two parallel lines")
         panel.legend(fontsize="x-small")
     figures.save(figure, path)
     return rows
@@ -174,13 +171,12 @@ def gaussians(steps, path):
     figure, (panel,) = figures.axes(width=6.5, height=4)
     for mean, name in zip(ends, ("data", "fakes"), strict=True):
         density = torch.exp(-(((x - mean) / STD) ** 2) / 2)
-        panel.fill_between(x[:, 0].cpu(), density[:, 0].cpu(), alpha=0.25, label=f"density of {name}, scaled")
+        panel.fill_between(x[:, 0], density[:, 0], alpha=0.25, label=f"density of {name}, scaled")
     with torch.no_grad():
-        panel.plot(x.cpu(), d(x).sigmoid().cpu(), color="k", label="D")
+        panel.plot(x, d(x).sigmoid(), color="k", label="D")
         for name, f in critics.items():
-            (top, bottom), values = f(ends), f(x)
-            scaled = ((values - (top + bottom) / 2) / (top - bottom).abs() + 0.5).cpu()
-            panel.plot(x.cpu(), scaled, label=f"F, {name}, scaled to differ by 1 at the means")
+            scaled = 0.5 + (f(x) - f(ends).mean()) / f(ends).diff().abs()
+            panel.plot(x, scaled, label=f"F, {name}, scaled to differ by 1 at the means")
     panel.set(xlabel="x", ylim=(-0.9, 1.6), title="D and F between two Gaussians")
     panel.legend(fontsize="x-small", loc="lower left")
     figures.save(figure, path)
@@ -192,7 +188,7 @@ def gaussians(steps, path):
 
 def activation_gradients(critic, x):
     """The mean norm of ∂F/∂h over x for each hidden layer's activations h, from the input on."""
-    activations = []
+    critic, x, activations = deepcopy(critic).double(), x.double(), []  # floats end at 1e-45
     for layer in critic:
         x = layer(x)
         activations += [x] if isinstance(layer, nn.LeakyReLU) else []
@@ -211,32 +207,32 @@ def share_at(critic, c):
 
 def depth(steps, path):
     """The table and the figure of figure 1b; the fakes are the swiss roll's points with noise N(0, I)."""
-    x_train, _ = load_data("swissroll", "data", "train", 0, torch.get_default_device())
+    x_train, _ = load_data("swissroll", "data", "train", 0, "cpu")
 
     def draw(n):
-        return sample_batch(x_train, n), sample_batch(x_train, n) + torch.randn(n, 2)
+        return sample_batch(x_train, n, "cpu"), sample_batch(x_train, n, "cpu") + torch.randn(n, 2)
 
-    rows = [["critic", "first layer", "last layer", "per layer back", "at ±c", "at ±c before"]]
+    rows = [["critic", "first layer", "last layer", "per layer back", "at ±c at first", "at last"]]
     figure, (left, middle, right) = figures.axes(1, 3)
     start = network(2, UNITS, LAYERS, slope=0)
-    for c in ("start", *CLIPS, None):
+    for i, c in enumerate(["start", *CLIPS, None]):
         critic, name, shares = deepcopy(start), "before training", ["–", "–"]
         if c is None:
             name = f"penalty {GP_WEIGHT}"
             fit(critic, penalised, draw, steps, LR)
-        elif c != "start":
+        elif c in CLIPS:
             name = f"clipped at {c}"
             clip_weights(critic, c)
-            shares[1] = f"{share_at(critic, c):.1%}"
+            before = share_at(critic, c)
             fit(critic, wasserstein, draw, steps, LR, clip=c)
-            shares[0] = f"{share_at(critic, c):.1%}"
+            shares = [f"{share:.1%}" for share in (before, share_at(critic, c))]
         norms = activation_gradients(critic, x_train[:MANY])
         factor = (norms[0] / norms[-1]) ** (1 / (LAYERS - 1))
         rows.append([name, f"{norms[0]:.3g}", f"{norms[-1]:.3g}", f"× {factor:.3g}", *shares])
-        left.semilogy(range(1, LAYERS + 1), norms, "o-", label=name)
+        left.semilogy(range(1, LAYERS + 1), norms, "o-", color=f"C{i}", label=name)
         panel, scale = (middle, c) if c in CLIPS else (right, 1)
-        weights = (weights_of(critic) / scale).cpu().numpy()
-        panel.hist(weights, 101, density=True, histtype="step", label=name)
+        settings = {"density": True, "histtype": "step", "color": f"C{i}", "label": name}
+        panel.hist((weights_of(critic) / scale).numpy(), 101, **settings)
     left.set(xlabel="hidden layer", title="mean ‖∂F/∂h‖")
     middle.set(xlabel="weight / c", title="weights, clipped", yscale="log")
     right.set(xlabel="weight", title="weights, not clipped", yscale="log")
@@ -252,13 +248,11 @@ CLAIMS = {"lines": (lines, 400), "gaussians": (gaussians, 400), "depth": (depth,
 def main(argv=None):
     """Check and print as the flags say."""
     parser = Parser("claims", __doc__.split("\n")[0])
-    parser.add_argument(
-        "claims", nargs="*", metavar="CLAIM", help=f"of {', '.join(CLAIMS)}; all unless given"
-    )
+    parser.add_argument("claims", nargs="*", help=f"of {', '.join(CLAIMS)}; all unless given")
     parser.add_argument("--steps", type=whole(1), help="of each training, in place of the claim's own number")
     parser.add_argument("--out", default="runs/claims", help="folder for the figures")
     parser.add_argument("--seed", type=whole(0), default=0, help="fixes everything random")
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="cpu", help="auto: a GPU")
+    parser.set_defaults(device="cpu")
     options = parser.parse_args(argv)
     if unknown := [name for name in options.claims if name not in CLAIMS]:
         parser.error(f"{unknown[0]} is no claim; known are {', '.join(CLAIMS)}")
@@ -267,12 +261,12 @@ def main(argv=None):
         for name in options.claims or CLAIMS:
             check, steps = CLAIMS[name]
             steps, path = options.steps or steps, Path(options.out) / f"claims-{name}.png"
-            with options.device, seeded(options.seed):
+            with seeded(options.seed):
                 rows = check(steps, path)
             print(f"{name}, {steps} steps, seed {options.seed}, {path}\n{aligned(rows)}\n")
     except OSError as error:
         parser.error(error)
-    print(f"torch {torch.__version__}; {options.device}; {date.today()}")
+    print(f"torch {torch.__version__}; cpu, {torch.get_num_threads()} threads; {date.today()}")
 
 
 if __name__ == "__main__":
