@@ -14,9 +14,9 @@ Differs from the paper, here its authors' code, first and later; our settings we
     pre-training 1000 steps of Adam at 5e-3; theirs 1500, 10000
     optimiser    Adam 5e-4 (0.5, 0.999), batch 64, one sample of z for each x and k; theirs 8e-4, 1e-4; 128; 5
 
-    python gm_wae.py --width 16 --steps 1000    # minutes on a CPU, without a download
-    python gm_wae.py --dataset mnist
-    python gm_wae.py --dataset mnist --objective vae --init runs/gm_wae-mnist --out runs/gm_vae-mnist
+    python gm_wae.py --network mlp --width 16 --steps 2000    # minutes on a CPU, without a download
+    python gm_wae.py --dataset mnist --network mlp
+    python gm_wae.py --dataset mnist --network mlp --objective vae --init runs/gm_wae-mnist --out runs/gm_vae
     python gm_wae.py --resume runs/gm_wae-mnist --steps 40000
 """
 
