@@ -306,7 +306,7 @@ def test_the_readme_knows_every_file_and_flag():
     assert "pip install -r requirements.txt && python " in readme
 
 
-@pytest.mark.parametrize("tool", ["sample"])
+@pytest.mark.parametrize("tool", ["sample", "evaluate"])
 def test_the_readme_knows_every_tool_and_flag(tool):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"python -m tools.{tool}" in readme

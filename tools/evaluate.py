@@ -380,8 +380,8 @@ def main(argv=None):
 
         try:
             print(report.write(options.report, finished))
-        except OSError as error:
-            complain(f"{options.report}: {error}")
+        except (OSError, ValueError) as error:
+            complain(f"--report {options.report}: {error}")
     if failed:
         sys.exit(2)
 

@@ -14,8 +14,8 @@ from common import as_float, sample_batch
 
 MS_SSIM_SIGMA, MS_SSIM_WINDOW = 0.8, 7  # standard deviation and width of the window, in pixels
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, from the finest scale on
-CRITIC = {"width": 16, "steps": 300, "batch": 64, "lr": 1e-3, "gp_weight": 100}
-CRITIC_OF_POINTS = CRITIC | {"steps": 500, "batch": 128, "gp_weight": 10}  # bends round the modes
+CRITIC = {"width": 16, "steps": 300, "batch": 64, "lr": 1e-3, "gp_weight": (0.1, 100)}
+CRITIC_OF_POINTS = CRITIC | {"steps": 1000, "batch": 128}
 PROBE = {"C": 0.01, "tol": 1e-3, "max_iter": 500}  # of the linear probe, on standardised codes
 
 # Samples
@@ -77,8 +77,9 @@ def ms_ssim_diversity(x):
 def independent_critic(x_train, fake_train, x_value, fake_value, budget, device="cpu"):
     """E F(x) − E F(fake) on *_value of a WGAN-GP critic F that has learnt on *_train.
 
-    All as load_data has it; the budget is CRITIC or CRITIC_OF_POINTS. At the optimum the slope of F is some
-    1 + W/(2λ): with WGAN-GP's λ 10 the value of pictures would be far above their distance, so λ is 100.
+    All as load_data has it; the budget is CRITIC or CRITIC_OF_POINTS. λ grows geometrically: at the end the
+    slope of F, some 1 + W/(2λ) at its optimum, has to be near 1; but a large λ at the beginning would hold F
+    to the slope it starts with, be it downhill, as the way to the other leads through 0.
     """
     from wgan_gp import Critic, critic_loss, gradient_penalty, mlp
 
@@ -89,11 +90,13 @@ def independent_critic(x_train, fake_train, x_value, fake_value, budget, device=
         critic = nn.Sequential(mlp(math.prod(shape), 1, 8 * budget["width"]), nn.Flatten(0))
     critic.to(device)
     optimizer = torch.optim.Adam(critic.parameters(), budget["lr"], betas=(0.5, 0.9))
-    for _ in range(budget["steps"]):
+    first, last = budget["gp_weight"]
+    for step in range(budget["steps"]):
+        gp_weight = first * (last / first) ** (step / budget["steps"])
         x = sample_batch(x_train, budget["batch"]).to(device)
         fake = sample_batch(fake_train, budget["batch"]).to(device)
         penalty = gradient_penalty(critic, x, fake)
-        loss = critic_loss(critic(x), critic(fake)) + budget["gp_weight"] * penalty
+        loss = critic_loss(critic(x), critic(fake)) + gp_weight * penalty
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

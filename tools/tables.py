@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 
 from tools.runs import DIGITS
@@ -24,7 +25,7 @@ class Metric:
 
 METRICS = {
     "fid": Metric("classifier FID", ".2f", "lower"),
-    "inception_score": Metric("IS", ".2f", "higher"),
+    "inception_score": Metric("classifier IS", ".2f", "higher"),
     "rarest_class": Metric("rarest class", ".1%", "higher"),
     "entropy": Metric("entropy", ".3f", "higher"),
     "diversity": Metric("diversity", ".3f", "data"),
@@ -49,9 +50,9 @@ METRICS = {
 
 
 def title(name, dataset):
-    """The head of a column; whose classifier FID is computed with is always said."""
-    digits = "digit-" if name == "fid" and dataset in DIGITS else ""
-    return digits + METRICS[name].title
+    """The head of a column; with whose features FID and IS are computed is always said."""
+    head = METRICS[name].title
+    return f"digit-{head}" if head.startswith("classifier") and dataset in DIGITS else head
 
 
 def best_of(name, values, real):
@@ -82,7 +83,7 @@ def mean_and_deviation(values):
 
 def labels_of(runs):
     """What to call runs: the names of their folders, or the whole paths if two have the same name."""
-    names = [run.path.resolve().name for run in runs]
+    names = [Path(run.path).resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
@@ -148,9 +149,8 @@ def caption(result):
         window = f"{of['window']}×{of['window']} window, σ {of['sigma']}"
         parts.append(f"diversity 1 − MS-SSIM over {of['scales']} scales, {window}")
     budget = settings["critic"]
-    parts.append(
-        f"critic W after {budget['steps']} steps of batch {budget['batch']}, λ {budget['gp_weight']}"
-    )
+    first, last = budget["gp_weight"]
+    parts.append(f"critic W after {budget['steps']} steps of batch {budget['batch']}, λ {first} to {last}")
     return "; ".join(parts)
 
 

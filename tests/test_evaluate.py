@@ -1,0 +1,675 @@
+"""tools/evaluate.py: each measure against closed forms, on data and on noise; its files and its words."""
+
+import csv
+import json
+import math
+import shutil
+import sys
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import as_float, load_data
+from tools import classifier, evaluate, figures, history, metrics, runs, tables
+
+MNIST = Path(__file__).parents[2] / "shared/data"
+PIXELS = 8
+
+BANDS = '''
+"""A model that this project does not know: z are the pictures, its components the bands in them."""
+import torch
+from torch import nn
+
+def networks(config):
+    return {"generator": nn.Linear(1, 1)}
+
+def draw_z(n, config, device, component=None):
+    return 2 * torch.rand(n, 64, device=device) - 1
+
+def generate(nets, z):
+    return z.view(-1, 1, 8, 8)
+
+def encode(nets, x):
+    return x.flatten(1)
+
+def features(nets, x):
+    return x.flatten(1)
+
+def component_probabilities(nets, x):
+    return (10 * x.mean((1, 3))[:, [6, 3, 0]]).softmax(1)
+'''
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory):
+    """A folder of 1 440 pictures, 8×8: noise with a bright band in one of three places, their class."""
+    folder, rng = tmp_path_factory.mktemp("bands"), np.random.default_rng(0)
+    for label, row in enumerate((0, 3, 6)):
+        (folder / "abc"[label]).mkdir()
+        for i in range(480):
+            picture = rng.integers(80, size=(PIXELS, PIXELS), dtype=np.uint8)
+            picture[row : row + 2] += 170
+            Image.fromarray(picture).save(folder / "abc"[label] / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Where what is decoded and trained is kept, once for this file."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A small budget for the critic."""
+    monkeypatch.setattr(metrics, "CRITIC", metrics.CRITIC | {"width": 4, "steps": 30})
+    monkeypatch.setattr(metrics, "CRITIC_OF_POINTS", metrics.CRITIC_OF_POINTS | {"steps": 10, "batch": 64})
+
+
+@pytest.fixture
+def new_model(tmp_path, monkeypatch, bands, data_dir):
+    """new_model(name="new") → the folder of a run of BANDS, whose file lies where the model files are."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "bands.py").write_text(BANDS, encoding="utf-8")
+    monkeypatch.setattr(runs, "ROOT", folder)
+    monkeypatch.syspath_prepend(folder)
+    config = {"model": "bands", "shape": [1, PIXELS, PIXELS], "prior": "mixture", "dataset": str(bands)}
+    config |= {"data_dir": str(data_dir), "image_size": PIXELS, "seed": 0}
+
+    def new_model(name="new", **changes):
+        path = tmp_path / name
+        path.mkdir()
+        saved = {"model": "bands", "step": 5, "config": config | changes, "fixed_z": torch.zeros(1)}
+        saved["networks"] = {"generator": torch.nn.Linear(1, 1).state_dict()}
+        torch.save(saved, path / "checkpoint.pt")
+        return path
+
+    yield new_model
+    sys.modules.pop("bands", None)
+
+
+@pytest.fixture
+def data(bands, data_dir, quick):
+    """The Data of `bands`."""
+    config = Namespace(dataset=str(bands), data_dir=str(data_dir), image_size=PIXELS, shape=[1, 8, 8])
+    options = Namespace(n=800, seed=0, data_dir=None, device=torch.device("cpu"), batch_size=250)
+    return evaluate.Data(runs.Run(Path("run"), None, config, 0, None, options.device), options)
+
+
+def run(*argv):
+    """`python -m tools.evaluate argv`, in this process; the exit code."""
+    try:
+        evaluate.main([str(word) for word in argv] + ["--device", "cpu"])
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def result(path):
+    return json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def errors(capsys):
+    return [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("tools.evaluate: error:")
+    ]
+
+
+# Fréchet distance
+
+
+def with_moments(n, mean, covariance):
+    """n vectors that have exactly this mean and (with n − 1) this covariance."""
+    x = torch.randn(n, len(mean), dtype=torch.float64)
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (n - 1))).T
+    return x @ torch.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_independent_gaussians():
+    """|m₁ − m₂|² + Σ (σ₁ − σ₂)²"""
+    a = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    b = torch.tensor([3.0, 2.0, 1.5], dtype=torch.float64)
+    shift = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    x, y = with_moments(500, 0 * shift, a.square().diag()), with_moments(300, shift, b.square().diag())
+    expected = shift.square().sum() + (a - b).square().sum()
+    assert metrics.frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_frechet_distance_of_correlated_gaussians():
+    """|m₁ − m₂|² + tr(S₁ + S₂ − 2 (S₁^½ S₂ S₁^½)^½), where S₁ and S₂ do not commute."""
+    s1 = torch.tensor([[2.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
+    s2 = torch.tensor([[1.0, -0.4], [-0.4, 3.0]], dtype=torch.float64)
+
+    def root(s):
+        values, vectors = torch.linalg.eigh(s)
+        return vectors @ values.sqrt().diag() @ vectors.T
+
+    shift = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    x, y = with_moments(400, 0 * shift, s1), with_moments(400, shift, s2)
+    expected = shift.square().sum() + (s1 + s2 - 2 * root(root(s1) @ s2 @ root(s1))).trace()
+    assert metrics.frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-9)
+    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+# Inception score, classes
+
+
+def test_inception_score():
+    """Sure of ten classes, equally often: 10. The same for all: 1. Sure of one class: 1. A value between."""
+    sure = 60 * torch.eye(10, dtype=torch.float64).repeat(30, 1)
+    assert metrics.inception_score(sure) == pytest.approx(10, rel=1e-6)
+    assert metrics.inception_score(torch.zeros(300, 10)) == pytest.approx(1, rel=1e-6)
+    assert metrics.inception_score(sure[:1].repeat(300, 1)) == pytest.approx(1, rel=1e-6)
+    p = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64)
+    expected = math.exp(math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert metrics.inception_score(p.log()) == pytest.approx(expected, rel=1e-9)
+
+
+def test_inception_score_of_a_very_confident_classifier():
+    assert metrics.inception_score(1e5 * torch.eye(10)[:5].repeat(40, 1)) == pytest.approx(5, rel=1e-4)
+
+
+def test_class_balance():
+    shares = metrics.class_shares(torch.tensor([0, 0, 0, 2]), 4)
+    assert shares == [0.75, 0, 0.25, 0]
+    assert metrics.entropy(shares) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert metrics.entropy([0.1] * 10) == pytest.approx(math.log(10))
+
+
+def test_modes_of_stacked_mnist():
+    """KL(p ‖ uniform) = Σ p log(1000 p): 0 for all classes equally often, log 1000 for one class."""
+    assert metrics.covered_classes(torch.arange(1000), 1000) == (1000, pytest.approx(0, abs=1e-6))
+    assert metrics.covered_classes(torch.full((9,), 7), 1000) == (1, pytest.approx(math.log(1000)))
+    labels = torch.tensor([0, 0, 0, 5])
+    expected = 0.75 * math.log(750) + 0.25 * math.log(250)
+    assert metrics.covered_classes(labels, 1000) == (2, pytest.approx(expected))
+
+
+# Diversity
+
+
+def test_diversity():
+    """Pairs of one picture: 0. It counts pairs (0, 1), (2, 3) …, and bytes as the floats they stand for."""
+    x = torch.randint(256, (6, 1, 32, 32), dtype=torch.uint8)
+    assert metrics.ms_ssim_diversity(x.repeat_interleave(2, 0)) == pytest.approx(0, abs=1e-5)
+    both = torch.cat([x, x]).unflatten(0, (2, 6)).transpose(0, 1).flatten(0, 1)  # each twice in a row
+    half = torch.cat([x[:4], x[4:5], x[4:5]])  # the last of three pairs is of one picture
+    assert metrics.ms_ssim_diversity(both) == pytest.approx(0, abs=1e-5)
+    first = metrics.ms_ssim_diversity(x[:4])
+    assert metrics.ms_ssim_diversity(half) == pytest.approx(2 / 3 * first, rel=1e-4)
+    assert metrics.ms_ssim_diversity(as_float(x)) == pytest.approx(metrics.ms_ssim_diversity(x))
+    assert 0.5 < first <= 1
+
+
+@pytest.mark.parametrize(
+    "size, scales", [(7, 0), (8, 1), (16, 2), (28, 2), (32, 3), (64, 4), (128, 5), (256, 5)]
+)
+def test_scales(size, scales):
+    assert metrics.ms_ssim_scales(size) == scales
+    if scales > 0 and size < 128:
+        metrics.ms_ssim_diversity(torch.rand(2, 3, size, size))
+
+
+# Independent critic
+
+
+def test_the_critic_between_two_gaussians_on_a_line():
+    """W(N(0, 1), N(3, 1)) = 3, and 0 between samples of one."""
+    x, fake, same = torch.randn(4000, 1), 3 + torch.randn(4000, 1), torch.randn(4000, 1)
+    halves = [part for both in zip(x.chunk(2), fake.chunk(2), strict=True) for part in both]
+    assert metrics.independent_critic(*halves, metrics.CRITIC) == pytest.approx(3, abs=0.3)
+    halves = [part for both in zip(x.chunk(2), same.chunk(2), strict=True) for part in both]
+    assert metrics.independent_critic(*halves, metrics.CRITIC) == pytest.approx(0, abs=0.15)
+
+
+def test_the_critic_is_valued_on_what_it_has_not_learnt_from():
+    """It learns that data lie above samples; where they lie below, the value is negative."""
+    x, fake = torch.randn(500, 1) + 3, torch.randn(500, 1)
+    assert metrics.independent_critic(x, fake, fake, x, metrics.CRITIC) < -2
+
+
+# Modes
+
+
+def test_modes_of_points_made_by_hand():
+    """A sample counts within 3 standard deviations of the nearest centre, a mode with one such sample."""
+    centres, std = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), 0.1
+    points = torch.tensor([[0.0, 0.29], [0.0, 0.31], [0.71, 0.0], [0.29, 0.0], [5.0, 5.0]])
+    assert metrics.covered_modes(points, centres, std) == (2, 3 / 5)
+    assert metrics.covered_modes(points[-1:], centres, std) == (0, 0)
+
+
+@pytest.mark.parametrize("name, n", [("ring", 8), ("grid", 25)])
+def test_modes_are_where_the_data_have_them(name, n):
+    """All are found, each point's label is its mode, and 1 − exp(−9/2) of the points are good."""
+    x, y = load_data(name, "data", "test", 32, "cpu")
+    centres, std = metrics.mixture_modes(name)
+    found, quality = metrics.covered_modes(x, centres, std)
+    assert found == n and quality == pytest.approx(1 - math.exp(-4.5), abs=0.005)
+    assert torch.equal(metrics.nearest_mode(x, centres)[0], y)
+    assert metrics.mixture_modes("swissroll") is None
+
+
+# Encoders
+
+
+def test_mean_absolute_error():
+    x = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
+    assert metrics.mean_absolute_error(x, torch.zeros_like(x)) == pytest.approx(1)
+    assert metrics.mean_absolute_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.5, 1.0]])) == 0.75
+
+
+def test_nearest_neighbour_against_a_loop():
+    train, test = torch.randn(150, 7) + 100, torch.randn(701, 7) + 100
+    y_train, y_test = torch.randint(4, (150,)), torch.randint(4, (701,))
+    hits = 0
+    for item, label in zip(test.double(), y_test, strict=True):
+        distances = [((item - other) ** 2).sum().item() for other in train.double()]
+        hits += int(y_train[distances.index(min(distances))] == label)
+    assert metrics.nearest_neighbour_accuracy(train, y_train, test, y_test) == hits / 701
+    assert metrics.nearest_neighbour_accuracy(train, y_train, train, y_train) == 1
+
+
+def test_linear_probe():
+    """Separable classes are found, whatever the scale of a dimension; labels that say nothing are not."""
+    x, y = torch.randn(600, 5), torch.arange(600) % 3
+    x[:, 0] = 1e4 * (y + 0.1 * torch.randn(600))
+    x[:, 4] = 7
+    assert metrics.linear_probe_accuracy(x[:400], y[:400], x[400:], y[400:]) > 0.95
+    y = y[torch.randperm(600)]
+    assert metrics.linear_probe_accuracy(x[:400], y[:400], x[400:], y[400:]) < 0.5
+
+
+# Clusters
+
+
+def test_matching():
+    labels = torch.arange(50) % 5
+    renamed = torch.tensor([3, 0, 4, 1, 2])[labels]
+    assert metrics.matching_accuracy(renamed, labels) == 1
+    assert metrics.normalized_mutual_information(renamed, labels) == pytest.approx(1)
+    renamed[:10] = 0
+    by_hand = (40 + 2) / 50  # those of the cluster's own label are still right
+    assert metrics.matching_accuracy(renamed, labels) == by_hand
+    assert metrics.matching_accuracy(torch.zeros_like(labels), labels) == 0.2
+    assert metrics.normalized_mutual_information(torch.zeros_like(labels), labels) == 0
+    assert metrics.matching_accuracy(torch.arange(50), labels) == 0.1  # one cluster to a label
+
+
+# Data and noise
+
+
+def test_data_give_the_floor_and_noise_far_worse(data):
+    """For every measure of pictures: real data, noise, and one picture repeated."""
+    test = data.x_test[: len(data.x_test)]
+    noise = torch.randint(256, (800, 1, PIXELS, PIXELS), dtype=torch.uint8)
+    found = {}
+    for name, x in (("real", test), ("train", data.x_train[:800]), ("noise", noise)):
+        found[name] = {}
+        for stage in (evaluate.classifier_scores, evaluate.diversity, evaluate.critic):
+            torch.manual_seed(0)
+            found[name] |= stage(evaluate.Subject(None, x), data)
+    real, train, noise = found["real"], found["train"], found["noise"]
+    assert data.accuracy > 0.99
+    assert train["fid"] < real["fid"] < noise["fid"] / 5
+    assert noise["inception_score"] < 2.6 < 2.8 < real["inception_score"] <= 3
+    assert noise["rarest_class"] < 0.25 < real["rarest_class"]
+    assert noise["entropy"] < 1.05 < real["entropy"]
+    assert abs(train["diversity"] - real["diversity"]) < 0.06 < noise["diversity"] - real["diversity"]
+    assert abs(train["critic"]) < 0.2 and noise["critic"] > 5 * abs(train["critic"])
+
+
+@pytest.mark.parametrize("name", ["ring", "grid"])
+def test_points_give_the_floor_and_noise_far_worse(name):
+    x, _ = load_data(name, "data", "test", 32, "cpu")
+    noise = 4 * torch.rand(2500, 2) - 2
+    data = SimpleNamespace(modes=metrics.mixture_modes(name))
+    real = evaluate.modes(evaluate.Subject(None, x[:2500]), data)
+    assert real["high_quality"] > 10 * evaluate.modes(evaluate.Subject(None, noise), data)["high_quality"]
+    one = evaluate.modes(evaluate.Subject(None, x[:1].expand(2500, 2)), data)
+    assert one["modes"] == 1 < real["modes"]
+    budget = metrics.CRITIC_OF_POINTS | {"steps": 300, "batch": 64}
+    parts, noise = x[torch.randperm(len(x))].split(2500), 4 * torch.rand(5000, 2) - 2
+    real = metrics.independent_critic(*parts, budget)
+    far = metrics.independent_critic(parts[0], noise[:2500], parts[2], noise[2500:], budget)
+    assert abs(real) < 0.1 < far
+
+
+def test_a_perfect_and_a_blind_encoder(data, new_model, monkeypatch):
+    """Reconstruction, codes and clusters of a model that sees everything, and of one that sees nothing."""
+    path = new_model()
+    opened = runs.open_run(path, "cpu")
+    stages = evaluate.reconstruction, evaluate.representation, evaluate.clusters
+
+    def measured():
+        found = {}
+        for stage in stages:
+            found |= stage(evaluate.Subject(opened, None), data)
+        return found
+
+    good = measured()
+    assert good["reconstruction"] == 0 < 0.2 < good["reconstruction_random"]
+    assert good["label_kept"] > 0.99 and good["matching"] == 1 and good["nmi"] == pytest.approx(1)
+    assert good["nn_z"] == good["nn_features"] == good["nn_untrained"] == 1
+    assert good["probe_z"] > 0.99 and good["probe_features"] > 0.99
+    pixels = data.references()["raw pixels"]
+    assert pixels == {name: good[name] for name in ("nn_features", "probe_features")}
+    assert min(good["usage"]) == good["least_used"] > 0.2 and sum(good["usage"]) == pytest.approx(1)
+
+    for name in ("encode", "features"):
+        monkeypatch.setattr(opened.model, name, lambda nets, x: torch.randn(len(x), 64))
+    monkeypatch.setattr(opened.model, "component_probabilities", lambda nets, x: torch.rand(len(x), 3))
+    blind = measured()
+    assert blind["reconstruction"] > 0.2 and blind["label_kept"] < 0.6
+    assert max(blind[name] for name in ("nn_z", "nn_features", "probe_z", "probe_features", "matching")) < 0.6
+    assert blind["nmi"] < 0.1
+
+
+# The classifier
+
+
+def test_the_classifier_is_trained_once(bands, data_dir, monkeypatch):
+    first, found = classifier.classifier_for(str(bands), data_dir, PIXELS, "cpu")
+    monkeypatch.setattr(classifier, "trained", lambda *_: pytest.fail("it is trained again"))
+    again, same = classifier.classifier_for(str(bands), data_dir, PIXELS, "cpu")
+    assert found == same > 0.99 and not again.training
+    x = torch.rand(5, 1, PIXELS, PIXELS)
+    assert torch.equal(first(x), again(x)) and again.features(x).shape == (5, 64)
+    assert not [file for file in (data_dir / "cache").iterdir() if file.name.startswith("tmp")]
+
+
+def test_another_set_or_size_has_another_classifier(bands, data_dir, tmp_path):
+    folder = tmp_path / "cache"
+    for size in (8, 12):
+        classifier.classifier_for(str(bands), tmp_path, size, "cpu")
+    assert len(list(folder.glob("classifier-*.pt"))) == 2
+
+
+def test_a_classifier_that_cannot_be_kept(bands, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(classifier.torch, "save", full)
+    _, found = classifier.classifier_for(str(bands), tmp_path, PIXELS, "cpu")
+    assert found > 0.99 and "not cached" in capsys.readouterr().err
+    assert list((tmp_path / "cache").glob("*.pt")) == list((tmp_path / "cache").glob("tmp*")) == []
+
+
+def test_training_the_classifier_follows_from_nothing_else():
+    x, y = torch.randint(256, (200, 1, 8, 8), dtype=torch.uint8), torch.arange(200) % 2
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        net = classifier.trained(classifier.Classifier((1, 8, 8), 2), x, y, "cpu")
+        states.append(torch.cat([value.flatten().double() for value in net.state_dict().values()]))
+    assert torch.equal(*states)
+
+
+def test_a_classifier_on_each_channel():
+    one = classifier.Classifier((1, 16, 16), 10).eval()
+    three, x = classifier.PerChannel(one), torch.rand(4, 3, 16, 16)
+    labels = torch.stack([one(channel).argmax(1) for channel in x.split(1, dim=1)]) * torch.tensor(
+        [[100], [10], [1]]
+    )
+    assert torch.equal(three(x).argmax(1), labels.sum(0))
+    torch.testing.assert_close(three(x).exp().sum(1), torch.ones(4))
+    assert three.features(x).shape == (4, 192)
+
+
+@pytest.mark.parametrize("size", [4, 7, 8, 28, 32, 33, 64])
+def test_the_classifier_takes_any_size(size):
+    assert classifier.Classifier((3, size, size), 5)(torch.rand(2, 3, size, size)).shape == (2, 5)
+
+
+# Along a run
+
+
+def write_metrics(path, **columns):
+    with open(path / "metrics.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def test_the_median_filter():
+    """The WGAN paper's 101 rows where there are enough; outliers vanish, a constant and a slope stay."""
+    assert [history.window(n) for n in (1, 9, 30, 60, 1010, 9999)] == [1, 1, 3, 5, 101, 101]
+    assert all(history.window(n) % 2 == 1 for n in range(1, 1500))
+    values = np.arange(100.0)
+    values[50] = 1e6
+    assert abs(history.filtered(values) - np.arange(100)).max() <= 4
+    assert history.filtered(np.array([])).size == 0
+
+
+def snapshots(path, model, steps):
+    """Handmade snapshots of an untrained run, one of them with other weights than the run's."""
+    saved = torch.load(path / "checkpoint.pt", weights_only=True)
+    (path / "snapshots").mkdir()
+    for step in steps:
+        state = {name: value + 0.01 * step for name, value in saved["networks"]["generator"].items()}
+        content = {"model": saved["model"], "step": step, "networks": {"generator": state}}
+        torch.save(content, path / "snapshots" / f"{step:07d}.pt")
+
+
+def test_the_estimate_against_quality_along_a_run(make_run):
+    """Three snapshots: W read at their steps, the generator's weights those of the snapshot, Spearman's ρ."""
+    path = make_run(import_module("wgan"), (1, 8, 8))
+    snapshots(path, "wgan", [10, 20, 30])
+    write_metrics(path, step=[10, 20, 30], W=[3.0, 1.0, 2.0], generator_loss=[0, 0, 0])
+    opened = runs.open_run(path, "cpu")
+    before = opened.nets["generator"].state_dict()["1.bias"]
+    seen = []
+
+    def quality(changed):
+        shift = (changed.nets["generator"].state_dict()["1.bias"] - before).mean().item()
+        seen.append(round(shift, 3))
+        return {0.1: 5.0, 0.2: 1.0, 0.3: 3.0}[seen[-1]]
+
+    found = history.along(opened, quality)
+    assert seen == [0.1, 0.2, 0.3]
+    assert found["along"] == {"step": [10, 20, 30], "fid": [5.0, 1.0, 3.0], "W": [3.0, 1.0, 2.0]}
+    assert found["rank_correlation"] == pytest.approx(1)
+    write_metrics(path, step=[10, 20, 30], JS=[1.0, 3.0, 2.0])
+    seen.clear()
+    assert history.along(opened, quality)["rank_correlation"] == pytest.approx(-1)
+    write_metrics(path, step=[10, 20, 30], JS=[1.0, 1.0, 1.0])
+    seen.clear()
+    assert "rank_correlation" not in history.along(opened, quality)
+
+
+# Tables
+
+
+def evaluated(path, config, step=1, **measures):
+    settings = {"critic": {"steps": 1, "batch": 2, "gp_weight": [3, 4]}}
+    found = {"step": step, "metrics": measures, "settings": settings, "dataset": "mnist", "n": 9, "seed": 0}
+    found["references"] = {"real data": {"fid": 0.5, "diversity": 0.6}}
+    return SimpleNamespace(path=Path(path), config=Namespace(**config), step=step), found
+
+
+def test_a_table():
+    done = [
+        evaluated("runs/a", {"seed": 0}, fid=3, diversity=0.5, inception_score=2),
+        evaluated("runs/b", {"seed": 0, "lr": 1}, fid=1.25, diversity=0.9, label_kept=0.5),
+    ]
+    lines = tables.text(done).splitlines()
+    assert (
+        lines[0].split() == "run step digit-classifier FID digit-classifier IS diversity label kept".split()
+    )
+    assert lines[1].split() == ["a", "1", "3.00", "2.00", "0.500", "*", "–"]
+    assert lines[2].split() == ["b", "1", "1.25", "*", "–", "0.900", "50.0%"]
+    assert lines[3].split() == ["real", "data", "0.50", "–", "0.600", "–"]
+    assert lines[1].index("3.00") == lines[2].index("1.25") == lines[3].index("0.50")
+    assert "**1.25**" in tables.markdown(tables.rows(done)).splitlines()[3]
+
+
+def test_plain_fid_is_never_said():
+    assert {tables.title("fid", name) for name in ("mnist", "glyphs", "stacked_mnist")} == {
+        "digit-classifier FID"
+    }
+    assert tables.title("fid", "cifar10") == tables.title("fid", "some/folder") == "classifier FID"
+
+
+def test_the_best():
+    assert tables.best_of("fid", [2, 1, None, 1], None) == [1, 3]
+    assert tables.best_of("inception_score", [2, 1, None], None) == [0]
+    assert tables.best_of("diversity", [0.2, 0.5, 0.7], 0.55) == [1]
+    assert tables.best_of("diversity", [0.2, 0.5], None) == []
+    assert tables.best_of("fid", [1, None], None) == tables.best_of("fid", [1, 1], None) == []
+    assert tables.best_of("nn_untrained", [0.1, 0.2], None) == []
+
+
+def test_runs_that_differ_only_in_seed():
+    """Mean and deviation (n − 1) over three seeds; flags without effect do not count, others and steps do."""
+    configs = [{"seed": i, "lr": 1, "data_dir": str(i), "log_every": i} for i in range(3)]
+    configs += [{"seed": 3, "lr": 2}, {"seed": 0, "lr": 1, "step": 2}]
+    assert tables.seeds(configs) == [[0, 1, 2]]
+    assert tables.seeds([configs[0], configs[0]]) == []
+    done = [evaluated(f"runs/{i}", configs[i], fid=value) for i, value in enumerate((1, 2, 6))]
+    (line,) = (line for line in tables.text(done).splitlines() if line.startswith("mean"))
+    assert line.split() == ["mean", "of", "3:", "0", "…", "1", "3.00", "±", f"{math.sqrt(7):.2f}"]
+
+
+# The command
+
+
+def test_two_evaluations_are_equal(make_run, bands, data_dir, quick):
+    """And the order of the runs in the call changes nothing."""
+    flags = "--data-dir", data_dir
+    a = make_run(import_module("wbli"), (1, 8, 8), *flags, name="a", dataset=bands)
+    b = make_run(import_module("dcgan"), (1, 8, 8), *flags, name="b", dataset=bands)
+    assert run(a, b, "--n", 200) == 0
+    first = result(a), result(b)
+    torch.manual_seed(5)
+    assert run(b, a, "--n", 200) == 0
+    assert (result(a), result(b)) == first
+    assert {"fid", "inception_score", "critic", "label_kept", "nn_z", "probe_features"} <= first[0][
+        "metrics"
+    ].keys()
+    assert "label_kept" not in first[1]["metrics"] and first[0]["not_measured"] == []
+    assert first[0]["references"].keys() == {"real data", "raw pixels"}
+    assert first[0]["settings"]["classifier"]["test_accuracy"] > 0.99
+
+
+def test_a_report(new_model, make_run, bands, data_dir, quick, tmp_path, capsys, monkeypatch):
+    """Every figure that is named exists and is a picture; groups are not mixed."""
+    monkeypatch.setattr(
+        figures, "umap_plane", lambda z, seed: z[:, :2].numpy()
+    )  # UMAP takes a minute to load
+    monkeypatch.setattr(runs, "model_names", lambda: ["bands", "wgan", "dcgan"])
+    new = new_model()
+    image = make_run(import_module("wgan"), (1, 8, 8), "--data-dir", data_dir, name="a", dataset=bands)
+    points = make_run(import_module("wgan"), (2,), name="points")
+    snapshots(image, "wgan", [10, 20])
+    for path in (image, points):
+        write_metrics(path, step=[10, 20, 30], W=[3.0, 1.0, 2.0], generator_loss=[0, 1, 0])
+    assert run(new, points, image, "--n", 200, "--report", tmp_path / "report") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("* the best") == 2 and printed.strip().endswith("report.md")
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert text.count("\n## ") == 2
+    named = {line.split("](")[1].split(")")[0] for line in text.split("![")[1:]}
+    files = {file.name for file in (tmp_path / "report").glob("*.png")}
+    assert named == files
+    for kind in ("samples", "curves", "snapshots", "levels", "heat", "umap"):
+        assert any(kind in name for name in files), kind
+    for file in (tmp_path / "report").glob("*.png"):
+        with Image.open(file) as picture:
+            assert len(picture.convert("RGB").getcolors(100_000) or [0] * 9) > 1, file
+    assert set(result(image)["along"]) == {"step", "fid", "W"}
+
+
+def test_the_critic_whose_level_sets_are_drawn_sees_x_alone(make_run):
+    names = {
+        name: figures.score_of(runs.open_run(make_run(import_module(name), (2,), name=name), "cpu"))
+        for name in ("wgan", "dcgan", "wbli")
+    }
+    assert names == {"wgan": "critic", "dcgan": "discriminator", "wbli": None}
+
+
+# Mistakes
+
+
+def test_the_other_runs_are_still_evaluated(make_run, tmp_path, quick, capsys):
+    good, bad = make_run(import_module("wgan"), (2,)), tmp_path / "bad"
+    bad.mkdir()
+    (bad / "checkpoint.pt").write_bytes(b"no checkpoint")
+    (tmp_path / "empty").mkdir()
+    lost = make_run(import_module("wgan"), (1, 8, 8), name="lost", dataset=tmp_path / "nowhere")
+    assert run(bad, tmp_path / "empty", lost, good) == 2
+    lines = errors(capsys)
+    assert len(lines) == 3 and result(good)["metrics"]["modes"] >= 0
+    assert "damaged" in lines[0] and "holds no run" in lines[1] and "nowhere" in lines[2]
+
+
+def test_no_labels(make_run, bands, data_dir, quick, tmp_path, capsys):
+    """What needs none is measured; one line says what was not."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, file in enumerate(sorted(bands.rglob("*.png"))):
+        shutil.copy(file, folder / f"{i}.png")
+    path = make_run(import_module("wbli"), (1, 8, 8), "--data-dir", tmp_path / "data", dataset=folder)
+    assert run(path, "--n", 200) == 0
+    found = result(path)
+    assert {"diversity", "critic", "reconstruction"} <= found["metrics"].keys()
+    assert not {"fid", "label_kept", "nn_z"} & found["metrics"].keys()
+    assert len(found["not_measured"]) == 3 and all("no labels" in line for line in found["not_measured"])
+    assert capsys.readouterr().err.count("not measured:") == 3
+
+
+def test_fewer_samples_than_a_measure_needs(make_run, bands, data_dir, quick, capsys):
+    path = make_run(import_module("dcgan"), (1, 8, 8), "--data-dir", data_dir, dataset=bands)
+    assert run(path, "--n", 20) == 0
+    missing = " ".join(result(path)["not_measured"])
+    assert "more than 64 samples" in missing and "needs 128 samples" in missing
+    assert {"diversity", "inception_score"} <= result(path)["metrics"].keys()
+    assert capsys.readouterr().err.count("not measured:") == 2
+
+
+def test_a_snapshot_of_something_else(make_run, bands, data_dir, quick):
+    path = make_run(import_module("wgan"), (1, 8, 8), "--data-dir", data_dir, dataset=bands)
+    write_metrics(path, step=[1, 2], W=[1.0, 2.0])
+    (path / "snapshots").mkdir()
+    (path / "snapshots/0000001.pt").write_bytes(b"nothing")
+    assert run(path, "--n", 100) == 0
+    assert any("0000001.pt" in line for line in result(path)["not_measured"])
+
+
+def test_a_damaged_log(make_run, quick, tmp_path, capsys):
+    path = make_run(import_module("wgan"), (2,))
+    (path / "metrics.csv").write_text("step,W\n1,x\n")
+    assert run(path, "--report", tmp_path / "report") == 2
+    (line,) = errors(capsys)
+    assert "metrics.csv is damaged" in line and (path / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("flags", [["--n", "1"], [], ["run", "--unknown"]])
+def test_flags_that_make_no_sense(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(flags)
+    assert stopped.value.code == 2 and len(errors(capsys)) == 1
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST in ../shared/data")
+def test_the_halves_of_mnist_are_alike(monkeypatch):
+    """Those of its test split as it is are not, being of other writers."""
+    monkeypatch.setattr(evaluate, "classifier_for", lambda *_: (lambda x: x, 1.0))
+    monkeypatch.setattr(evaluate.Data, "features", lambda self, x: None)
+    config = Namespace(dataset="mnist", data_dir=str(MNIST), image_size=32, shape=[1, 32, 32])
+    options = Namespace(n=10, seed=0, data_dir=None, device=torch.device("cpu"), batch_size=250)
+    data = evaluate.Data(runs.Run(Path("run"), None, config, 0, None, options.device), options)
+    plain, _ = load_data("mnist", MNIST, "test", 32, "cpu")
+
+    def difference(x):  # of the halves' mean ink, in its standard errors
+        a, b = (half.float().mean((1, 2, 3)) for half in x.chunk(2))
+        return abs(a.mean() - b.mean()) / (a.var() / len(a) + b.var() / len(b)).sqrt()
+
+    assert difference(data.x_test) < 3 < 8 < difference(plain)
