@@ -501,9 +501,17 @@ def test_a_table():
         evaluated("runs/b", {"seed": 0, "lr": 1}, fid=1.25, diversity=0.9, label_kept=0.5),
     ]
     lines = tables.text(done).splitlines()
-    assert (
-        lines[0].split() == "run step digit-classifier FID digit-classifier IS diversity label kept".split()
-    )
+    assert lines[0].split() == [
+        "run",
+        "step",
+        "digit-classifier",
+        "FID",
+        "digit-classifier",
+        "IS",
+        "diversity",
+        "label",
+        "kept",
+    ]
     assert lines[1].split() == ["a", "1", "3.00", "2.00", "0.500", "*", "–"]
     assert lines[2].split() == ["b", "1", "1.25", "*", "–", "0.900", "50.0%"]
     assert lines[3].split() == ["real", "data", "0.50", "–", "0.600", "–"]
