@@ -264,7 +264,9 @@ def test_a_pickle_that_would_run_code(tmp_path, capsys):
 def test_networks_of_another_version(model, make_run, capsys):
     path = make_run(model, (1, 8, 8))
     saved = torch.load(path / "checkpoint.pt", weights_only=True)
-    for change in ({"networks": {}}, {"config": saved["config"] | {"width": 5}}, {"config": {}}):
+    wider, less = saved["config"] | {"width": 5}, dict(saved["config"])
+    del less["data_dir"]
+    for change in ({"networks": {}}, {"config": wider}, {"config": less}, {"config": {}}, {"config": 3}):
         torch.save(saved | change, path / "checkpoint.pt")
         assert "does not fit dcgan.py" in mistake(capsys, path)
 

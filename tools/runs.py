@@ -23,6 +23,7 @@ from common import as_float, load_data
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ("mnist", "glyphs", "color_mnist", "stacked_mnist")  # sets whose classes are digits
 CHECKPOINT = {"model", "step", "config", "networks", "fixed_z"}  # what the tools read of one
+CONFIG = ("shape", "prior", "dataset", "data_dir", "image_size", "seed")  # and of its flags
 
 
 @dataclass
@@ -68,8 +69,10 @@ def open_run(path, device):
     """The run in this folder, as its checkpoint has it."""
     saved, path = load_checkpoint(path), Path(path)
     model = import_module(saved["model"])
-    config = Namespace(**saved["config"])
     try:
+        config = Namespace(**saved["config"])
+        for name in CONFIG:
+            getattr(config, name)
         nets = fresh_networks(model, config, device)
         for name, net in nets.items():
             net.load_state_dict(saved["networks"][name])
