@@ -281,7 +281,7 @@ def test_nearest_neighbour_against_a_loop():
 def test_linear_probe():
     """Separable classes are found, whatever the scale of a dimension; labels that say nothing are not."""
     x, y = torch.randn(600, 5), torch.arange(600) % 3
-    x[:, 0] = 1e4 * (y + 0.1 * torch.randn(600))
+    x[:, 0] = 1e-4 * (y + 0.1 * torch.randn(600))
     x[:, 4] = 7
     assert metrics.linear_probe_accuracy(x[:400], y[:400], x[400:], y[400:]) > 0.95
     y = y[torch.randperm(600)]
