@@ -54,7 +54,7 @@ def class_shares(labels, classes):
 
 def entropy(shares):
     """−Σ p log p in nats: at most the logarithm of their number."""
-    return -math.fsum(p * math.log(p) for p in shares if p > 0)
+    return math.fsum(p * math.log(1 / p) for p in shares if p > 0)
 
 
 def ms_ssim_scales(size):
