@@ -360,7 +360,7 @@ def test_a_perfect_and_a_blind_encoder(data, new_model, monkeypatch):
     assert good["label_kept"] > 0.99 and good["matching"] == 1 and good["nmi"] == pytest.approx(1)
     assert good["nn_z"] == good["nn_features"] == good["nn_untrained"] == 1
     assert good["probe_z"] > 0.99 and good["probe_features"] > 0.99
-    pixels = data.references()["raw pixels"]
+    pixels = data.references(opened)["raw pixels"]
     assert pixels == {name: good[name] for name in ("nn_features", "probe_features")}
     assert min(good["usage"]) == good["least_used"] > 0.2 and sum(good["usage"]) == pytest.approx(1)
 
