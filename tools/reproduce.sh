@@ -23,10 +23,10 @@ train() { # NAME MODEL.py FLAGS…: a new run, or the rest of one
 case "${1:-}" in
 --quick)
     train dcgan dcgan.py --dataset mnist --width 16 --steps 6000
-    train wgan wgan.py --dataset mnist --width 16 --steps 2500 --lr 2e-4
-    train wgan_gp wgan_gp.py --dataset mnist --width 16 --steps 2000 --lr 5e-4
+    train wgan wgan.py --dataset mnist --width 16 --steps 2000 --lr 2e-4
+    train wgan_gp wgan_gp.py --dataset mnist --width 16 --steps 1500 --lr 5e-4
     train bigan bigan.py --dataset mnist --network mlp --width 64 --steps 5000
-    train wbli wbli.py --dataset mnist --width 16 --steps 1500
+    train wbli wbli.py --dataset mnist --width 16 --steps 1000
     train gm_wae gm_wae.py --dataset mnist --network mlp --width 16 --steps 2000
     train alpha_gan alpha_gan.py --dataset mnist --width 16 --steps 4000
     ;;
