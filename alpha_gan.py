@@ -87,11 +87,11 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4), nn.Flatten(0))
 
 
-def mlp(n_in, n_out, units, layers=3, norm=False, slope=0.2):
+def mlp(n_in, n_out, units, layers=3, norm=nn.Identity, slope=0.2):
     """(N, …) → (N, n_out) through `layers` hidden layers of LeakyReLU(slope); slope 0 is a ReLU."""
     hidden = [nn.Flatten()]
     for a, b in pairwise([n_in] + [units] * layers):
-        hidden += [nn.Linear(a, b), nn.BatchNorm1d(b) if norm else nn.Identity(), nn.LeakyReLU(slope)]
+        hidden += [nn.Linear(a, b), norm(b), nn.LeakyReLU(slope)]
     return nn.Sequential(*hidden, nn.Linear(units, n_out))
 
 
@@ -144,8 +144,8 @@ def networks(config):
     """{"generator": z → x, "encoder": x → z, "discriminator": x → logit, "code_discriminator": z → logit}."""
     shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
     if config.network == "mlp":
-        images, squash = (True, nn.Tanh()) if len(shape) == 3 else (False, nn.Identity())
-        decoder = mlp(z_dim, size, units, norm=images, slope=0)
+        norm, squash = (nn.BatchNorm1d, nn.Tanh()) if len(shape) == 3 else (nn.Identity, nn.Identity())
+        decoder = mlp(z_dim, size, units, norm=norm, slope=0)
         generator, encoder = nn.Sequential(decoder, squash, nn.Unflatten(1, shape)), mlp(size, z_dim, units)
         discriminator = nn.Sequential(mlp(size, 1, units), nn.Flatten(0))
     else:

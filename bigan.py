@@ -1,5 +1,4 @@
 """BiGAN — Donahue, Krähenbühl & Darrell, "Adversarial Feature Learning", 2017
-
 https://arxiv.org/abs/1605.09782; the same objective as ALI's, https://arxiv.org/abs/1606.00704
 
 The discriminator tells two joint distributions apart: data with their codes, and samples with their z. Where
@@ -11,16 +10,14 @@ D is the sigmoid of the discriminator's logit. G and E minimise −E log(1 − D
 with the labels swapped. All three take one step at once, by the gradients of one forward pass.
 
 Differs from the paper:
-    mlp          --network mlp is the paper's for MNIST, but has gains and biases, which their code leaves
-                 out, and PyTorch's initial weights, of the same spread (0.02 at 1024 units)
+    mlp          --network mlp is the paper's for MNIST, but for 32×32 pixels, biases before the norm, and
+                 PyTorch's initial weights, of the same spread (0.02 at 1024 units)
     conv         DCGAN's networks; D: a tower for x, one for z, and an mlp over both
-    images       32×32 in [−1, 1]; MNIST is 28×28 in [0, 1] there
     batch norm   evaluated with running averages; the authors estimate its statistics anew
     decay        step by step; there from epoch to epoch
 
     python bigan.py --dataset mnist --network mlp --steps 187600
     python bigan.py --network mlp --width 64 --steps 3000    # minutes on a CPU, without a download
-    python bigan.py --dataset path/to/pictures --image-size 64
     python bigan.py --resume runs/bigan-mnist --steps 200000
 """
 
@@ -30,6 +27,7 @@ import os
 import signal
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -90,17 +88,27 @@ class Joint(nn.Module):
 
 
 class JointMLP(nn.Sequential):
-    """(x, z) → second([first(x), z]): z adds a linear term to the second of two layers. Without z, x is z."""
+    """(x, z) → second([first(x), z]): z adds a linear term to the second of two layers. Without z, x is z.
+
+    The first layer sees x in [0, 1], so that a pixel that is always black moves none of its weights.
+    """
 
     def forward(self, x, z=None):
-        return self[1](torch.cat([self[0](x), x if z is None else z], dim=1))
+        return self[1](torch.cat([self[0]((x + 1) / 2), x if z is None else z], dim=1))
 
 
-def mlp(n_in, n_out, units, layers=3, norm=False, slope=0.2):
+class Squash(nn.Sigmoid):
+    """a → 2σ(a) − 1, the sigmoid in the range of images and codes."""
+
+    def forward(self, a):
+        return 2 * super().forward(a) - 1
+
+
+def mlp(n_in, n_out, units, layers=3, norm=nn.Identity, slope=0.2):
     """(N, …) → (N, n_out) through `layers` hidden layers of LeakyReLU(slope); slope 0 is a ReLU."""
     hidden = [nn.Flatten()]
     for a, b in pairwise([n_in] + [units] * layers):
-        hidden += [nn.Linear(a, b), nn.BatchNorm1d(b) if norm else nn.Identity(), nn.LeakyReLU(slope)]
+        hidden += [nn.Linear(a, b), norm(b), nn.LeakyReLU(slope)]
     return nn.Sequential(*hidden, nn.Linear(units, n_out))
 
 
@@ -124,17 +132,18 @@ def networks(config):
     """{"generator": z → x, "encoder": x → z, "discriminator": (x, z) → D}; ValueError for a wrong size."""
     shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
     if config.network == "mlp":
-        images, squash = (True, nn.Tanh()) if len(shape) == 3 else (False, nn.Identity())
-        to_x = nn.Sequential(mlp(units + z_dim, size, units, 1, images, 0), squash, nn.Unflatten(1, shape))
-        generator = JointMLP(mlp(z_dim, units, units, 1, images, 0)[:-1], to_x)
-        encoder = nn.Sequential(*mlp(size, units, units, 1)[:-1], *mlp(units, z_dim, units, 1, images))
-        to_logit = nn.Sequential(mlp(units + z_dim, 1, units, 1, images), nn.Flatten(0))
+        bare = partial(nn.BatchNorm1d, affine=False)  # without gain and bias
+        norm, squash = (bare, Squash()) if len(shape) == 3 else (nn.Identity, nn.Identity())
+        to_x = nn.Sequential(mlp(units + z_dim, size, units, 1, norm, 0), squash, nn.Unflatten(1, shape))
+        generator = JointMLP(mlp(z_dim, units, units, 1, norm, 0)[:-1], to_x)
+        encoder = nn.Sequential(*mlp(size, units, units, 1)[:-1], *mlp(units, z_dim, units, 1, norm))
+        to_logit = nn.Sequential(mlp(units + z_dim, 1, units, 1, norm), nn.Flatten(0))
         joint = JointMLP(mlp(size, units, units, 1)[:-1], to_logit)
     else:
         generator = Generator(shape, z_dim, config.width)
         encoder = Encoder(shape, z_dim, config.width, norm=False)
         joint = Joint(Encoder(shape, 2 * units, config.width, norm=False), z_dim, 2 * units)
-    return {"generator": generator, "encoder": nn.Sequential(encoder, nn.Tanh()), "discriminator": joint}
+    return {"generator": generator, "encoder": nn.Sequential(encoder, Squash()), "discriminator": joint}
 
 
 def draw_z(n, config, device):

@@ -14,9 +14,9 @@ Differs from the paper, here its authors' code, first and later; our settings we
     pre-training 1000 steps of Adam at 5e-3; theirs 1500, 10000
     optimiser    Adam 5e-4 (0.5, 0.999), batch 64, one sample of z for each x and k; theirs 8e-4, 1e-4; 128; 5
 
-    python gm_wae.py --width 16 --steps 1000    # minutes on a CPU, without a download
-    python gm_wae.py --dataset mnist
-    python gm_wae.py --dataset mnist --objective vae --init runs/gm_wae-mnist --out runs/gm_vae-mnist
+    python gm_wae.py --network mlp --width 16 --steps 2000    # minutes on a CPU, without a download
+    python gm_wae.py --dataset mnist --network mlp
+    python gm_wae.py --dataset mnist --network mlp --objective vae --init runs/gm_wae-mnist --out runs/gm_vae
     python gm_wae.py --resume runs/gm_wae-mnist --steps 40000
 """
 
@@ -70,11 +70,11 @@ class Encoder(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(16 * widths[-1], n_out))
 
 
-def mlp(n_in, n_out, units, layers=3, norm=False, slope=0.2):
+def mlp(n_in, n_out, units, layers=3, norm=nn.Identity, slope=0.2):
     """(N, …) → (N, n_out) through `layers` hidden layers of LeakyReLU(slope); slope 0 is a ReLU."""
     hidden = [nn.Flatten()]
     for a, b in pairwise([n_in] + [units] * layers):
-        hidden += [nn.Linear(a, b), nn.BatchNorm1d(b) if norm else nn.Identity(), nn.LeakyReLU(slope)]
+        hidden += [nn.Linear(a, b), norm(b), nn.LeakyReLU(slope)]
     return nn.Sequential(*hidden, nn.Linear(units, n_out))
 
 
@@ -158,16 +158,16 @@ def networks(config):
     """{"generator": z → x, "encoder": x → q(z|k,x) for each k, "classifier": x → q(k|x)}; or ValueError."""
     shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
     components, image = len(component_means(config)), len(config.shape) == 3
+    squash, norm = (nn.Tanh(), nn.BatchNorm1d) if image else (nn.Identity(), nn.Identity)
     if config.objective == "vae" and not image:
         raise ValueError("--objective vae has a likelihood of pixels, none of points; those take wae")
     if config.network == "mlp":
-        squash, style = nn.Tanh() if image else nn.Identity(), {"norm": image, "slope": 0}
-        generator = nn.Sequential(mlp(z_dim, size, units, **style), nn.Unflatten(1, shape), squash)
-        classifier = mlp(size, components, units, **style)
+        generator = nn.Sequential(mlp(z_dim, size, units, norm=norm, slope=0), nn.Unflatten(1, shape), squash)
+        classifier = mlp(size, components, units, norm=norm, slope=0)
     else:
         generator = Generator(shape, z_dim, config.width).apply(init_weights)
         classifier = Encoder(shape, components, config.width, norm=True)
-    parts = [mlp(size, 2 * z_dim, config.width, layers=1, norm=image, slope=0) for _ in range(components)]
+    parts = [mlp(size, 2 * z_dim, config.width, layers=1, norm=norm, slope=0) for _ in range(components)]
     return {"generator": generator, "encoder": nn.ModuleList(parts), "classifier": classifier}
 
 

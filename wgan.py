@@ -67,11 +67,11 @@ class Critic(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4), nn.Flatten(0))
 
 
-def mlp(n_in, n_out, units, layers=3, norm=False, slope=0.2):
+def mlp(n_in, n_out, units, layers=3, norm=nn.Identity, slope=0.2):
     """(N, …) → (N, n_out) through `layers` hidden layers of LeakyReLU(slope); slope 0 is a ReLU."""
     hidden = [nn.Flatten()]
     for a, b in pairwise([n_in] + [units] * layers):
-        hidden += [nn.Linear(a, b), nn.BatchNorm1d(b) if norm else nn.Identity(), nn.LeakyReLU(slope)]
+        hidden += [nn.Linear(a, b), norm(b), nn.LeakyReLU(slope)]
     return nn.Sequential(*hidden, nn.Linear(units, n_out))
 
 

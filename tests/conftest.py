@@ -14,6 +14,13 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def little_pretraining(request, monkeypatch):
+    """GM-WAE's pre-training is short where it is not what is tested."""
+    if request.module.__name__ != "test_gm_wae":
+        monkeypatch.setitem(import_module("gm_wae").DEFAULTS, "pretrain_steps", 10)
+
+
 @pytest.fixture
 def model(request):
     """The module called by the parameter, as in parametrize("model", ["wgan", "wbli"], indirect=True)."""

@@ -126,8 +126,25 @@ def test_a_whole_measurement(tmp_path, capsys):
         8,
         2,
     )
-    for key in ("iteration_s", "loop_s", "start_s", "peak_bytes", "steps_per_s"):
+    for key in ("iteration_s", "start_s", "peak_bytes", "steps_per_s"):
         assert result[key] > 0
     assert_close(result["images_per_s"], 8 * result["steps_per_s"])
     printed = capsys.readouterr().out
     assert "steps/s" in printed and "ring" in printed and torch.__version__ in printed
+
+
+def test_the_loops_seconds_are_those_of_its_steps(configure, monkeypatch):
+    """A long run less a short one: what both take once does not count."""
+    model = import_module("wgan")
+    x = torch.randn(50, 2)
+    hands = bench.handed(model, configure(model, [2]), x, x)
+    now, ran = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def run(config, *_):
+        ran.append(config.steps)
+        now[0] += 100 + 0.25 * config.steps
+
+    monkeypatch.setattr(model, "run", run)
+    assert bench.loop_seconds(model, hands, 40) == 0.25
+    assert sorted(ran) == [5, 45]

@@ -358,7 +358,7 @@ def test_points_have_one_setting_with_or_without_naming_the_network():
     )
 
 
-LETTERS = {nn.Linear: "F", nn.BatchNorm1d: "B", nn.LeakyReLU: "L", nn.Tanh: "H"}
+LETTERS = {nn.Linear: "F", nn.BatchNorm1d: "B", nn.LeakyReLU: "L", bigan.Squash: "H"}
 LETTERS |= {nn.Flatten: "", nn.Unflatten: "", nn.Identity: ""}
 
 
@@ -374,6 +374,7 @@ def test_layers_of_the_mlps(shape, configure):
         slopes = {layer.negative_slope for layer in of_kind(net, nn.LeakyReLU)}
         assert slopes == ({0} if name == "generator" else {0.2})
         assert [layer.out_features for layer in of_kind(net, nn.Linear)][:2] == [24, 24]
+        assert all(norm.weight is None and norm.bias is None for norm in of_kind(net, nn.BatchNorm1d))
 
 
 @pytest.mark.parametrize("name", ["generator", "discriminator"])
@@ -400,6 +401,17 @@ def test_z_is_an_added_linear_term_of_the_second_layer(name, configure):
         assert_close(net(x), net(x, x))
 
 
+def test_a_pixel_that_is_always_black_moves_no_weight_of_the_discriminator(configure):
+    """Pictures are in [0, 1] where the discriminator weighs them, so that black is nothing."""
+    config = configure(bigan, GREY, "--network", "mlp")
+    discriminator = bigan.networks(config)["discriminator"]
+    x = 2 * torch.rand(6, *GREY) - 1
+    x[:, :, 0] = -1
+    discriminator(x, bigan.draw_z(6, config, "cpu")).square().sum().backward()
+    grad = of_kind(discriminator, nn.Linear)[0].weight.grad.view(-1, *GREY)
+    assert (grad[:, :, 0] == 0).all() and (grad[:, :, 1:].abs().amax(0) > 0).all()
+
+
 @each_case
 def test_codes_have_the_priors_range(shape, flags, configure):
     nets = bigan.networks(configure(bigan, shape, *flags))
@@ -410,7 +422,7 @@ def test_codes_have_the_priors_range(shape, flags, configure):
     last.weight.data *= 100
     z_hat = bigan.encode(nets, x)
     assert z_hat.abs().max() <= 1 and z_hat.min() < -0.9 and z_hat.max() > 0.9
-    assert_close(z_hat, torch.tanh(last(bigan.features(nets, x))))
+    assert_close(z_hat, 2 * last(bigan.features(nets, x)).sigmoid() - 1)
 
 
 @each_case

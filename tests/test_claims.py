@@ -51,8 +51,9 @@ def test_js_of_lines_is_what_the_best_discriminator_finds(theta):
     draw = partial(claims.draw_lines, theta)
     best = Score(lambda x: torch.where(x[:, 0] == 0, 80.0, -80.0) * (theta != 0))
     assert claims.js_of_lines(theta) == (math.log(2) if theta else 0)
-    js = claims.estimates(Score(lambda x: x[:, 0]), best, draw)[1]
-    assert js == pytest.approx(claims.js_of_lines(theta), abs=1e-6)
+    assert claims.estimates(Score(lambda x: x[:, 0]), best, draw)[1] == pytest.approx(
+        claims.js_of_lines(theta), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("theta", [-1, -0.1, 0.5])

@@ -281,7 +281,7 @@ def test_nearest_neighbour_against_a_loop():
 def test_linear_probe():
     """Separable classes are found, whatever the scale of a dimension; labels that say nothing are not."""
     x, y = torch.randn(600, 5), torch.arange(600) % 3
-    x[:, 0] = 1e4 * (y + 0.1 * torch.randn(600))
+    x[:, 0] = 1e-4 * (y + 0.1 * torch.randn(600))
     x[:, 4] = 7
     assert metrics.linear_probe_accuracy(x[:400], y[:400], x[400:], y[400:]) > 0.95
     y = y[torch.randperm(600)]
@@ -360,7 +360,7 @@ def test_a_perfect_and_a_blind_encoder(data, new_model, monkeypatch):
     assert good["label_kept"] > 0.99 and good["matching"] == 1 and good["nmi"] == pytest.approx(1)
     assert good["nn_z"] == good["nn_features"] == good["nn_untrained"] == 1
     assert good["probe_z"] > 0.99 and good["probe_features"] > 0.99
-    pixels = data.references()["raw pixels"]
+    pixels = data.references(opened)["raw pixels"]
     assert pixels == {name: good[name] for name in ("nn_features", "probe_features")}
     assert min(good["usage"]) == good["least_used"] > 0.2 and sum(good["usage"]) == pytest.approx(1)
 
@@ -414,14 +414,15 @@ def test_training_the_classifier_follows_from_nothing_else():
 
 
 def test_a_classifier_on_each_channel():
+    """Three digits a, b, c of the channels in this order are the class 100a + 10b + c."""
     one = classifier.Classifier((1, 16, 16), 10).eval()
-    three, x = classifier.PerChannel(one), torch.rand(4, 3, 16, 16)
-    labels = torch.stack([one(channel).argmax(1) for channel in x.split(1, dim=1)]) * torch.tensor(
-        [[100], [10], [1]]
-    )
-    assert torch.equal(three(x).argmax(1), labels.sum(0))
-    torch.testing.assert_close(three(x).exp().sum(1), torch.ones(4))
-    assert three.features(x).shape == (4, 192)
+    torch.nn.init.normal_(one.out.weight, 0, 30)
+    three, x = classifier.PerChannel(one), torch.rand(40, 3, 16, 16) * torch.rand(40, 3, 1, 1)
+    a, b, c = (one(channel).argmax(1) for channel in x.split(1, dim=1))
+    assert (a != b).any() and (b != c).any()
+    assert torch.equal(three(x).argmax(1), 100 * a + 10 * b + c)
+    torch.testing.assert_close(three(x).exp().sum(1), torch.ones(40))
+    assert three.features(x).shape == (40, 192)
 
 
 @pytest.mark.parametrize("size", [4, 7, 8, 28, 32, 33, 64])

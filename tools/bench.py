@@ -217,7 +217,7 @@ def seconds_to_first_step(model, flags):
         return time.perf_counter() - start
 
 
-def measure(name, flags, seconds, with_baseline, thorough=True):
+def measure(name, flags, seconds, with_baseline, with_start):
     """The figures of one model with these flags, by the keys of COLUMNS; meant for a process of its own."""
     model = import_module(name)
     config = model.parse_args(flags)
@@ -238,15 +238,15 @@ def measure(name, flags, seconds, with_baseline, thorough=True):
     if with_baseline:
         steps["baseline_s"] = baseline(model, config, *data)
     result = race(steps, seconds, device)
-    if thorough:
-        result["loop_s"] = loop_seconds(model, hands, math.ceil(seconds / result["iteration_s"]))
-        result["start_s"] = seconds_to_first_step(name, flags)
-    step = result.get("loop_s", result["iteration_s"])
+    step = result["iteration_s"]
+    if capture:
+        step = result["loop_s"] = loop_seconds(model, hands, math.ceil(seconds / step))
+        result |= {"python_adds": step / result["iteration_s"] - 1, "gpu_busy": busy(steps["iteration_s"])}
     result |= {"steps_per_s": 1 / step, "images_per_s": config.batch_size / step}
     if with_baseline:
         result["times_faster"] = result["baseline_s"] / step
-    if capture:
-        result |= {"python_adds": step / result["iteration_s"] - 1, "gpu_busy": busy(steps["iteration_s"])}
+    if with_start:
+        result["start_s"] = seconds_to_first_step(name, flags)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else rss
     threads = f"{device}, {torch.get_num_threads()} threads"
@@ -287,7 +287,7 @@ def tasks(name, options):
         if getattr(options, key) is not None:
             flags += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
     if not options.sweep:
-        return [(name, flags, options.seconds, options.baseline)]
+        return [(name, flags, options.seconds, options.baseline, True)]
     config, variants = import_module(name).parse_args(flags), [[]]
     for key, factors in SWEEP.items():
         values = [round(getattr(config, key) * factor) for factor in factors]

@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -65,7 +66,6 @@ class Data:
                 self.name, where, run.config.image_size, options.device
             )
             self.train_features = self.features(self.x_train)
-        self._references = None
 
     def features(self, x):
         """The classifier's features of pictures."""
@@ -83,17 +83,22 @@ class Data:
             return metrics.nearest_mode(x, self.modes[0])[0]
         raise NotMeasured(f"{self.name} has no labels")
 
-    def references(self):
-        """{"real data": …, "raw pixels": …}: the measures that need no model, computed once."""
-        if self._references is None:
-            test = Subject(None, self.x_test[: self.options.n])
-            train = Subject(None, self.x_train[: self.options.n])
-            stages = {"scores": (classifier_scores, test), "diversity": (diversity, test)}
-            stages |= {"modes": (modes, test), "critic": (critic, train), "pixels": (raw_pixels, test)}
-            found, _, _ = carried_out(stages, self, "real data")
-            pixels = {name: found.pop(name) for name in list(found) if name.endswith("_features")}
-            self._references = {"real data": found} | ({"raw pixels": pixels} if pixels else {})
-        return self._references
+    @cached_property
+    def real(self):
+        """The measures of samples, of real data in their place: test items, for the critic train items."""
+        test, train = (Subject(None, x[: self.options.n]) for x in (self.x_test, self.x_train))
+        stages = {"scores": (classifier_scores, test), "diversity": (diversity, test)}
+        stages |= {"modes": (modes, test), "critic": (critic, train)}
+        return carried_out(stages, self, "real data")[0]
+
+    @cached_property
+    def pixels(self):
+        """The measures of codes, of the pixels in their place; {} where codes are not measured."""
+        return carried_out({"codes": (raw_pixels, None)}, self, "raw pixels")[0]
+
+    def references(self, run):
+        """{"real data": …, "raw pixels": …}: what to compare the run's measures with."""
+        return {"real data": self.real} | ({"raw pixels": self.pixels} if run.has("encode") else {})
 
 
 def shuffled(x, y, most=None):
@@ -306,7 +311,7 @@ def evaluate(run, data):
         "settings": settings,
         "metrics": found,
         **details,
-        "references": data.references(),
+        "references": data.references(run),
         "not_measured": not_measured,
     }
 

@@ -93,7 +93,8 @@ def rows(done):
     done: [(run, its evaluation)], all on the same data.
     """
     labels, results = labels_of([run for run, _ in done]), [result for _, result in done]
-    dataset, references = results[0]["dataset"], results[0]["references"]
+    dataset = results[0]["dataset"]
+    references = {name: found for result in results for name, found in result["references"].items() if found}
     used = [name for name in METRICS if any(name in result["metrics"] for result in results)]
     same = seeds([vars(run.config) | {"step": run.step} for run, _ in done])
     steps = [str(result["step"]) for result in results]
