@@ -328,3 +328,15 @@ def test_reproduce_runs_the_readmes_commands():
         config = import_module(model).parse_args([*flags.split(), "--device", "cpu"])
         assert config.dataset == "mnist"
     assert "tools/reproduce.sh --quick" in readme
+
+
+def test_pictures_of_the_documentation():
+    """Each is small, shown somewhere, and there."""
+    pictures = list((ROOT / "docs").glob("*.png"))
+    sizes = [path.stat().st_size for path in pictures]
+    assert sizes and max(sizes) < 150_000 and sum(sizes) < 2_000_000
+    shown = set()
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        shown |= {(page.parent / link).resolve() for link in links}
+    assert shown == {path.resolve() for path in pictures}
