@@ -25,7 +25,7 @@ case "${1:-}" in
     train dcgan dcgan.py --dataset mnist --width 16 --steps 6000
     train wgan wgan.py --dataset mnist --width 16 --steps 2000 --lr 2e-4
     train wgan_gp wgan_gp.py --dataset mnist --width 16 --steps 1500 --lr 5e-4
-    train bigan bigan.py --dataset mnist --network mlp --width 64 --steps 5000 --decay-start 2500 --decay-end 5000
+    train bigan bigan.py --dataset mnist --network mlp --width 64 --steps 8000 --decay-start 4000 --decay-end 8000
     train wbli wbli.py --dataset mnist --width 16 --steps 1000
     train gm_wae gm_wae.py --dataset mnist --network mlp --width 16 --steps 2000
     train alpha_gan alpha_gan.py --dataset mnist --width 16 --steps 4000
