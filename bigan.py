@@ -10,8 +10,8 @@ D is the sigmoid of the discriminator's logit. G and E minimise −E log(1 − D
 with the labels swapped. All three take one step at once, by the gradients of one forward pass.
 
 Differs from the paper:
-    mlp          --network mlp is the paper's for MNIST, but for 32×32 pixels, biases before the norm, and
-                 PyTorch's initial weights, of the same spread (0.02 at 1024 units)
+    mlp          --network mlp is the paper's for MNIST, but for 32×32 pixels, in [−1, 1] for E, biases before
+                 the norm, and PyTorch's initial weights, of the same spread (0.02 at 1024 units)
     conv         DCGAN's networks; D: a tower for x, one for z, and an mlp over both
     batch norm   evaluated with running averages; the authors estimate its statistics anew
     decay        step by step; there from epoch to epoch

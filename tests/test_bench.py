@@ -45,11 +45,10 @@ def test_the_baseline_computes_the_same(name, shape, double, configure, monkeypa
     iteration = watched(model, config, x, x)[3]
     assert_close(losses, [[v.item() for v in iteration().values()] for _ in range(3)], rtol=1e-6, atol=1e-9)
     assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=1e-6, atol=1e-9)
-    weights = [weight for net in nets for weight in net.parameters() if weight.dim() == 4]
-    channels_last = [weight.is_contiguous(memory_format=torch.channels_last) for weight in weights]
-    assert all(channels_last[len(weights) // 2 :]) and (
-        not weights or not all(channels_last[: len(weights) // 2])
-    )
+    for net, last in zip(nets, (False, True), strict=True):
+        weights = [weight for weight in net.parameters() if weight.dim() == 4]
+        formats = [weight.is_contiguous(memory_format=torch.channels_last) for weight in weights]
+        assert not weights or all(formats) == last
 
 
 def test_pictures_of_the_baseline_are_those_of_sample_batch():
