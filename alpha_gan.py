@@ -309,7 +309,7 @@ def run(config, nets, optimizers, iteration, pictures, saved, device, capture):
             with open(out / "metrics.csv", "a") as file:
                 header = "" if file.tell() else ",".join(["step", *numbers]) + "\n"
                 file.write(header + ",".join([str(step), *numbers.values()]) + "\n")
-            bar.set_postfix(numbers)
+            bar.set_postfix(numbers, refresh=not last)  # the last line is written as the bar closes
         if draw or last:
             nets.eval()
             with torch.no_grad():
@@ -350,7 +350,7 @@ def load_checkpoint(config, argv):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if len(saved) != 7 or saved["model"] != config.model:  # `save` writes seven entries
             raise ValueError
-        flags = saved["config"] | {"out": config.resume, "device": config.device}
+        flags = saved["config"] | {"out": str(Path(config.resume)), "device": config.device}
     except Exception as error:  # what a truncated or foreign file raises has no common class
         raise ValueError(f"{path} is missing, damaged or not of {config.model}.py") from error
     config = parse_args(argv, flags)
@@ -402,7 +402,7 @@ def parse_args(argv=None, saved=None):
     config.device = gpu if config.device == "auto" else config.device
     if config.device not in ("cpu", gpu):
         fail(f"--device {config.device}: PyTorch finds none on this machine")
-    config.out = config.out or f"runs/{config.model}-{Path(config.dataset).name}"
+    config.out = str(Path(config.out or f"runs/{config.model}-{Path(config.dataset).name}"))
     return config
 
 

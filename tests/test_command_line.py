@@ -457,8 +457,8 @@ def test_resuming_with_fewer_steps(model, refused, copied):
 
 
 def test_resuming_with_the_flags_the_run_has(copied):
-    """Repeating the command line, --out included, contradicts nothing."""
+    """Repeating the command line, --out included, contradicts nothing, however the folder is written."""
     run = copied(SOLO)
-    flags = [*POINTS, "--out", str(run), "--resume", str(run), "--steps", "2"]
+    flags = [*POINTS, "--out", str(run), "--resume", f"{run}/", "--steps", "2"]
     import_module(SOLO).main(flags)
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 2

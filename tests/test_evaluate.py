@@ -520,6 +520,26 @@ def test_a_table():
     assert "**1.25**" in tables.markdown(tables.rows(done)).splitlines()[3]
 
 
+def test_a_table_wider_than_the_terminal_is_broken_between_columns(monkeypatch):
+    table = [["run", "one", "two", "three"], ["a", "1", "22 *", "333"], ["bb", "4444", "5", "6"]]
+    whole = ["run   one  two    three", "a       1   22 *    333", "bb   4444    5        6"]
+    assert tables.aligned(table).split("\n") == tables.aligned(table, 23).split("\n") == whole
+    blocks = [
+        "run   one  two",
+        "a       1   22 *",
+        "bb   4444    5",
+        "",
+        "run  three",
+        "a      333",
+        "bb       6",
+    ]
+    assert tables.aligned(table, 22).split("\n") == tables.aligned(table, 16).split("\n") == blocks
+    assert tables.aligned(table, 1).count("run") == 3  # a column at least in each
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "16")
+    assert tables.aligned(table).split("\n") == blocks
+
+
 def test_plain_fid_is_never_said():
     assert {tables.title("fid", name) for name in ("mnist", "glyphs", "stacked_mnist")} == {
         "digit-classifier FID"

@@ -308,7 +308,7 @@ def test_a_signal_while_a_picture_is_drawn_saves_the_step_it_names(tmp_path, mon
     stops(143, SOLO, *POINTS, "--steps", 9, "--sample-every", 4, "--out", tmp_path / "run")
     step = load(tmp_path / "run")["step"]
     assert step in (4, 5)
-    assert re.search(rf"step {step}\b", capsys.readouterr().err.splitlines()[-1])
+    assert f"stopped after step {step};" in capsys.readouterr().err
 
 
 def start(model, *flags, **options):
@@ -567,6 +567,13 @@ def test_the_line_of_an_error_begins_behind_the_bar(tmp_path, monkeypatch):
     meddle(monkeypatch, SOLO, lambda step, metrics: {name: value / 0 for name, value in metrics.items()})
     stops(1, SOLO, *POINTS, "--log-every", 1, "--out", tmp_path / "run")
     assert re.search(rf"[\r\n]{SOLO}\.py: error: .*\n", terminal.getvalue())
+
+
+def test_without_a_terminal_a_log_is_one_line(tmp_path, capsys):
+    """The last one too, although the bar is closed after it."""
+    import_module(SOLO).main([*POINTS, "--steps", "3", "--log-every", "1", "--out", str(tmp_path / "run")])
+    lines = re.findall(r"step (\d) of 3 .*, (\w+)=", capsys.readouterr().err)
+    assert [step for step, _ in lines] == ["1", "2", "3"]
 
 
 # Folders that hold a run

@@ -169,6 +169,20 @@ def test_reconstructions_of_files(model, make_run, pictures):
 
 
 @pytest.mark.parametrize("model", [SOLO_ENCODER], indirect=True)
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_digit_of_28_pixels_is_padded_as_its_data_set_is(model, size, make_run, tmp_path):
+    """A black frame of two pixels in 32; where another data set is read, the picture fills the frame."""
+    Image.new("L", (28, 28), 255).save(tmp_path / "white.png")
+    for dataset, framed in (("mnist", True), ("glyphs", False)):
+        path = make_run(model, (1, size, size), name=dataset, dataset=dataset)
+        run(path, "--reconstruct", tmp_path / "white.png", "--out", tmp_path / "x.npz")
+        x = array(tmp_path / "x.npz")[0, 0, ..., 0]
+        assert (x[2:-2, 2:-2] == 255).all()
+        assert x.mean() == pytest.approx(255 * (28 / 32) ** 2 if framed else 255, abs=1)
+        assert (x[0].max() < 128) == framed
+
+
+@pytest.mark.parametrize("model", [SOLO_ENCODER], indirect=True)
 def test_reconstructions_of_points(model, make_run):
     path = make_run(model, (2,))
     run(path, "--reconstruct")

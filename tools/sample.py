@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import as_float, read_picture, save_grid
+from common import as_float, read_picture, resize, save_grid
 from tools.runs import Parser, draw_z, load_split, open_run, reconstructions, samples, whole
 
 COLUMNS = 8
+PADDED = ("mnist", "fashion_mnist", "color_mnist", "stacked_mnist")  # from 28×28 to 32×32, then resized
 
 
 def between(a, b, t, prior):
@@ -51,24 +52,31 @@ def sampled(run, options):
 def reconstructed(run, options):
     """Pairs x, G(E(x)) of the given files or else of test items: (N, 2, …) in the form of runs.samples."""
     if options.reconstruct:
-        x = torch.stack([read_file(path, run.config.shape) for path in options.reconstruct])
+        x = torch.stack([read_file(path, run.config) for path in options.reconstruct])
     else:
         x, _ = load_split(run, "test", options.data_dir)
         x = x[: options.n]
     return torch.stack([x, reconstructions(run, x, options.batch_size, "G(E(x))")], dim=1)
 
 
-def read_file(path, shape):
-    """A picture file as bytes of this shape, (C, S, S); ValueError if it cannot be read."""
+def read_file(path, config):
+    """A picture file as bytes of the run's shape, (C, S, S); ValueError if it cannot be read.
+
+    One of 28×28 is padded with black if the run's data set was.
+    """
     from PIL import Image
 
+    channels, size, _ = config.shape
     try:
-        picture = read_picture(path, shape[-1])
+        with Image.open(path) as picture:
+            padded = picture.size == (28, 28) and config.dataset in PADDED
+        picture = read_picture(path, 28 if padded else size)
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture ({error})") from error
-    if shape[0] == 1:
+    if channels == 1:
         picture = np.asarray(Image.fromarray(picture.transpose(1, 2, 0)).convert("L"))[None]
-    return torch.from_numpy(picture.copy())
+    x = torch.from_numpy(picture.copy())[None]
+    return resize(torch.nn.functional.pad(x, (2, 2, 2, 2)) if padded else x, size)[0]
 
 
 def write(x, out):

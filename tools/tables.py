@@ -1,5 +1,8 @@
 """The tables of an evaluation: a row a run, a column a measure, the best of each marked."""
 
+import math
+import shutil
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,15 +119,29 @@ def rows(done):
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def aligned(table):
-    """The table as text: the first column to the left, numbers to the right, the mark behind them."""
+def aligned(table, width=None):
+    """The table as text: the first column to the left, numbers to the right, the mark behind them.
+
+    Lines longer than `width`, that of the terminal unless given, are broken between columns, into blocks
+    that all begin with the first one.
+    """
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     padded = []
     for i, column in enumerate(zip(*table, strict=True)):
         marks = any(cell.endswith(" *") for cell in column)
         cells = [cell if cell.endswith(" *") or not marks else cell + "  " for cell in column]
-        width = max(map(len, cells))
-        padded.append([cell.ljust(width) if i == 0 else cell.rjust(width) for cell in cells])
-    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
+        widest = max(map(len, cells))
+        padded.append([cell.ljust(widest) if i == 0 else cell.rjust(widest) for cell in cells])
+    first, *others = padded
+    blocks = [[first]]
+    for column in others:
+        if len(blocks[-1]) > 1 and len("  ".join(cells[0] for cells in [*blocks[-1], column])) > width:
+            blocks.append([first])
+        blocks[-1].append(column)
+    return "\n\n".join(
+        "\n".join("  ".join(row).rstrip() for row in zip(*block, strict=True)) for block in blocks
+    )
 
 
 def markdown(table):
