@@ -571,7 +571,9 @@ def test_the_line_of_an_error_begins_behind_the_bar(tmp_path, monkeypatch):
 
 def test_without_a_terminal_a_log_is_one_line(tmp_path, capsys):
     """The last one too, although the bar is closed after it."""
-    import_module(SOLO).main([*POINTS, "--steps", "3", "--log-every", "1", "--out", str(tmp_path / "run")])
+    import_module(SOLO).main(
+        [*map(str, POINTS), "--steps", "3", "--log-every", "1", "--out", str(tmp_path / "run")]
+    )
     lines = re.findall(r"step (\d) of 3 .*, (\w+)=", capsys.readouterr().err)
     assert [step for step, _ in lines] == ["1", "2", "3"]
 
