@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.testing import assert_close
 
+from common import load_data
 from dcgan import generator_loss, minimax_generator_loss
 from tools import claims
 from wgan import clip_weights
@@ -153,6 +154,20 @@ def test_clipped_gradients_explode_or_vanish(tmp_path):
     first, last, factor, before, after = of(rows, "clipped at 0.1")
     assert first > 100 * last and factor > 1.5 and before < 1 < after
     assert of(rows, "penalty 10")[2] > of(rows, "before training")[2] * 1.3
+
+
+# Section 4.3
+
+
+def test_the_cosine_of_updates_and_gradients():
+    """1 for the steepest descent, −1 for the steepest ascent, and between them with momentum."""
+    data = [load_data("glyphs", "data", split, 16, "cpu")[0] for split in ("train", "test")]
+    up = partial(torch.optim.SGD, maximize=True)
+    for rule, cosine in ((torch.optim.SGD, 1), (up, -1)):
+        w, cosines = claims.trained_by(rule, 1e-4, data, 2)
+        assert len(w) == 2 and cosines == pytest.approx([cosine] * 10, abs=1e-3)
+    _, cosines = claims.trained_by(claims.RULES["Adam, β1 0.9"], 1e-4, data, 2)
+    assert cosines[0] > 0 and max(map(abs, cosines)) < 0.999
 
 
 # The command
