@@ -208,8 +208,8 @@ def train(config, x_train, x_test, saved=None):
 
 DEFAULTS = {"model": "wbli", "prior": "normal", "batch_size": 64, "z_dim": 16, "width": 64, "lr": 5e-4}
 DEFAULTS |= {"critic_steps": 3, "constraint": "gp", "gp_weight": 10, "clip": 0.01}
-TOY = {"network": "mlp", "z_dim": 2, "batch_size": 256, "gp_weight": 1}  # WGAN-GP's toy script, but for λ
-VARIANTS = {"constraint": {"clip": {"lr": 5e-5}}, "dataset": {"ring": TOY, "grid": TOY, "swissroll": TOY}}
+TOY = {"network": "mlp", "z_dim": 2, "lr": 1e-3, "critic_steps": 5, "gp_weight": 1}  # of ten tried on grid
+VARIANTS = {"dataset": {"ring": TOY, "grid": TOY, "swissroll": TOY}, "constraint": {"clip": {"lr": 5e-5}}}
 ABOVE = {"batch_size": 1, "seed": -1, "snapshots": -1}  # all numbers have to be above 0, but these
 
 
