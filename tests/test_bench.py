@@ -1,5 +1,6 @@
 """tools.bench: what it compares is the same mathematics, and its clocks and tables say what was measured."""
 
+import argparse
 import json
 from importlib import import_module
 
@@ -108,7 +109,35 @@ def test_a_figure_that_is_missing_is_a_dash():
     assert rows == [["model", "steps/s", "GPU busy [%]"], ["a", "5", "–"], ["b", "0.5", "25"]]
 
 
-@pytest.mark.parametrize("flags", [["nothing"], ["--width", "0"], ["--seconds", "x"]], ids=str)
+def test_the_settings_of_a_sweep():
+    """Those of `SWEEP`, but none twice, none too small for batch norm, and no image size of points."""
+
+    def settings(*flags):
+        options = argparse.Namespace(**dict.fromkeys(("data_dir", *bench.SETTINGS)), seconds=1, seed=0)
+        options.device, options.sweep = torch.device("cpu"), True
+        vars(options).update(zip(flags[::2], flags[1::2], strict=True))
+        tasks = [flags[-2:] for _, flags, *_ in bench.tasks("wgan", options)][1:]
+        return [f"{name[2:]} {value}" for name, value in tasks]
+
+    whole = ["batch-size 32", "batch-size 128", "batch-size 256", "width 32", "width 128", "image-size 64"]
+    assert settings() == whole
+    assert settings("width", 1, "batch_size", 2, "dataset", "ring") == [
+        "batch-size 4",
+        "batch-size 8",
+        "width 2",
+    ]
+
+
+MISTAKES = (
+    ["nothing"],
+    ["--width", "0"],
+    ["--seconds", "x"],
+    ["--sweep", "--baseline"],
+    ["--json", "no/x.json"],
+)
+
+
+@pytest.mark.parametrize("flags", MISTAKES, ids=str)
 def test_a_mistake_is_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(flags)
@@ -146,4 +175,4 @@ def test_the_loops_seconds_are_those_of_its_steps(configure, monkeypatch):
 
     monkeypatch.setattr(model, "run", run)
     assert bench.loop_seconds(model, hands, 40) == 0.25
-    assert sorted(ran) == [5, 45]
+    assert sorted(ran) == [5, 5, 45] and ran[0] == 5  # the first, which chooses kernels, does not count

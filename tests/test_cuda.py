@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import common
+from tools.bench import recorded
 
 ROOT = Path(__file__).parents[1]
 ALL = ("dcgan", "wgan", "wgan_gp", "bigan", "wbli", "gm_wae", "alpha_gan")
@@ -171,8 +172,11 @@ def test_resuming_a_captured_run(model, first, deterministic, tmp_path):
 @each
 @pytest.mark.filterwarnings("ignore")
 def test_no_synchronisation_and_no_growing_memory(model, tmp_path, monkeypatch):
-    """Once the optimisers have their state an iteration never waits for the GPU and leaves nothing there."""
-    used = []
+    """Once the optimisers have their state an iteration never waits for the GPU and leaves nothing there.
+
+    Nor do 10 000 replays.
+    """
+    used, replayed = [], []
 
     def run(config, nets, optimizers, iteration, pictures, saved, device, capture):
         assert capture
@@ -185,10 +189,16 @@ def test_no_synchronisation_and_no_growing_memory(model, tmp_path, monkeypatch):
                 used.append(torch.cuda.memory_allocated())
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(torch.cuda.Stream())
+        replay = recorded(iteration)
+        for _ in range(10_000):
+            replay()
+            replayed.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
 
     monkeypatch.setattr(model, "run", run)
     model.main([*TINY, "--device", "cuda", "--out", str(tmp_path / "run")])
-    assert len(set(used[5:])) == 1
+    assert len(set(used[5:])) == len(set(replayed)) == 1
 
 
 @on_gpu
@@ -205,7 +215,7 @@ def test_batches_from_the_host_are_those_of_the_host(monkeypatch):
 @on_gpu
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model", MODELS[:1], indirect=True)
-def test_a_run_with_its_data_on_the_host(model, tmp_path, monkeypatch, capsys):
+def test_a_run_with_its_data_on_the_host(model, deterministic, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 0))
     whole = train(model, tmp_path / "whole", "--dataset", "ring", "--steps", "8")
     assert "stay on the host" in capsys.readouterr().err
@@ -222,4 +232,5 @@ def test_too_large_a_batch(model, tmp_path, capsys):
         flags = ["--batch-size", "200000000", "--steps", "1", "--out", str(tmp_path / "run")]
         model.main([*flags, "--device", "cuda"])
     assert stopped.value.code == 2
-    assert "--batch-size" in capsys.readouterr().err.splitlines()[-1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "--batch-size" in lines[0]

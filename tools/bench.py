@@ -1,8 +1,9 @@
 """python -m tools.bench [MODEL…]: how fast the training loops are on the device at hand.
 
 Every figure is of a model file as it is: train() builds networks and iteration, and what it hands to run()
-is timed here. Times are medians of rounds in which all that is compared takes turns, so that what else the
-machine does hits all alike; on CUDA they come from device events.
+is timed here. Times of a step are medians of rounds in which all that is compared takes turns, so that what
+else the machine does hits all alike; on CUDA they come from device events, and the time of the loop round the
+step, by the clock on the wall, is the median of three runs.
 """
 
 import io
@@ -97,7 +98,7 @@ def baseline(model, config, x_train, x_test):
     """A step of the same networks and mathematics in a plain loop, of the kind that tutorials have.
 
     Contiguous format, a DataLoader with two workers, the optimiser as it comes, gradients of all networks in
-    every backward pass, losses read in every step.
+    every backward pass, losses read in every step. What run() switches on for a GPU is on here, too.
     """
     settings = {"shuffle": True, "num_workers": 2, "drop_last": True}
     batches = forever(DataLoader(Pictures(x_train), config.batch_size, **settings))
@@ -107,6 +108,8 @@ def baseline(model, config, x_train, x_test):
         return to(self, *args, **kwargs)
 
     def by_default(optimizer, *args, fused=None, foreach=None, capturable=None, **settings):
+        if torch.is_tensor(settings.get("lr")):  # on a GPU, Adam would wait for it at every weight
+            settings["lr"] = settings["lr"].cpu()
         return optimizer(*args, **settings)
 
     def through_all(self, inputs=parameters, **kwargs):
@@ -157,6 +160,8 @@ def clock(step, n, device):
     start = time.perf_counter()
     for _ in range(n):
         step()
+    if device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter() - start
 
 
@@ -185,6 +190,7 @@ def loop_seconds(model, hands, steps):
             return time.perf_counter() - start
 
     short = 5  # the capture's own steps
+    whole_run(short)  # what is done only once, like cuDNN's choice of kernels, is in none of the two
     return (whole_run(short + steps) - whole_run(short)) / steps
 
 
@@ -195,7 +201,7 @@ def busy(replay, n=20):
             replay()
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return covered([(event.time_range.start, event.time_range.end) for event in kernels])
+    return covered([(event.time_range.start, event.time_range.end) for event in kernels]) if kernels else None
 
 
 def covered(spans):
@@ -206,6 +212,13 @@ def covered(spans):
         running += max(0, end - max(start, until))
         until = max(until, end)
     return running / (until - spans[0][0])
+
+
+def peak_bytes(device):
+    """The most memory that was in use until now: on CUDA the GPU's, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def seconds_to_first_step(model, flags):
@@ -220,6 +233,7 @@ def seconds_to_first_step(model, flags):
 def measure(name, flags, seconds, with_baseline, with_start):
     """The figures of one model with these flags, by the keys of COLUMNS; meant for a process of its own."""
     model = import_module(name)
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as in run()
     config = model.parse_args(flags)
     if hasattr(config, "pretrain_steps"):  # a phase of its own, which is not timed
         config = model.parse_args(flags := [*flags, "--pretrain-steps", "0"])
@@ -234,21 +248,25 @@ def measure(name, flags, seconds, with_baseline, with_start):
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())
         steps = {"iteration_s": recorded(iteration), "eager_s": iteration}
+    clock(steps["iteration_s"], 3, device)
+    peak = peak_bytes(device)  # before there is anything that the model does not need
+    if capture:
         steps["host_s"] = handed(model, config, *(x.cpu() for x in data))[3]
     if with_baseline:
         steps["baseline_s"] = baseline(model, config, *data)
     result = race(steps, seconds, device)
     step = result["iteration_s"]
     if capture:
-        step = result["loop_s"] = loop_seconds(model, hands, math.ceil(seconds / step))
-        result |= {"python_adds": step / result["iteration_s"] - 1, "gpu_busy": busy(steps["iteration_s"])}
-    result |= {"steps_per_s": 1 / step, "images_per_s": config.batch_size / step}
+        n = math.ceil(seconds / step / 3)
+        step = result["loop_s"] = median(loop_seconds(model, hands, n) for _ in range(3))
+        result["python_adds"] = step / result["iteration_s"] - 1
+        if share := busy(steps["iteration_s"]):  # a profiler without the right to look finds no kernels
+            result["gpu_busy"] = share
+    result |= {"steps_per_s": 1 / step, "images_per_s": config.batch_size / step, "peak_bytes": peak}
     if with_baseline:
         result["times_faster"] = result["baseline_s"] / step
     if with_start:
         result["start_s"] = seconds_to_first_step(name, flags)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    result["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else rss
     threads = f"{device}, {torch.get_num_threads()} threads"
     result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else threads
     return {"model": name} | {key: getattr(config, key) for key in SETTINGS} | result
@@ -290,8 +308,10 @@ def tasks(name, options):
         return [(name, flags, options.seconds, options.baseline, True)]
     config, variants = import_module(name).parse_args(flags), [[]]
     for key, factors in SWEEP.items():
-        values = [round(getattr(config, key) * factor) for factor in factors]
-        variants += [[f"--{key.replace('_', '-')}", str(value)] for value in values]
+        if key == "image_size" and config.dataset in import_module(name).VARIANTS["dataset"]:
+            continue  # points have none
+        values = {max(2, round(getattr(config, key) * factor)) for factor in factors} - {getattr(config, key)}
+        variants += [[f"--{key.replace('_', '-')}", str(value)] for value in sorted(values)]
     return [(name, flags + variant, options.seconds, False, False) for variant in variants]
 
 
@@ -315,6 +335,10 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_shared(batch_size=None)
     options, results = parser.parse_args(argv), []
+    if options.sweep and options.baseline:
+        parser.error("--sweep times the models alone: it does not go with --baseline")
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no such folder")
     if unknown := [name for name in options.models if name not in model_names()]:
         parser.error(f"{unknown[0]} is no model file; known are {', '.join(model_names())}")
     todo = [task for name in options.models or model_names() for task in tasks(name, options)]
@@ -324,7 +348,7 @@ def main(argv=None):
         except torch.OutOfMemoryError:
             parser.complain(f"{task[0]} finds too little memory: take a smaller --batch-size or --width")
         except (OSError, ValueError) as error:
-            parser.error(error)
+            parser.complain(error)
     if not results:
         sys.exit(2)
     print(aligned(sweep_table(results) if options.sweep else table(results)))
