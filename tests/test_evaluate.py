@@ -639,6 +639,24 @@ def test_the_other_runs_are_still_evaluated(make_run, tmp_path, quick, capsys):
     assert "damaged" in lines[0] and "holds no run" in lines[1] and "nowhere" in lines[2]
 
 
+def test_a_full_memory_ends_one_run(make_run, quick, capsys, monkeypatch):
+    def full(nets, z):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    large, good = (make_run(import_module(name), (2,), name=name) for name in ("dcgan", "wgan"))
+    monkeypatch.setattr(import_module("dcgan"), "generate", full)
+    assert run(large, good) == 2
+    (line,) = errors(capsys)
+    assert "dcgan" in line and "--batch-size" in line and result(good)["metrics"]["modes"] >= 0
+
+
+def test_a_missing_package_is_told_at_once(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_spec", lambda package: None if package == "torchmetrics" else package)
+    assert run("nowhere") == 2
+    (line,) = errors(capsys)
+    assert "torchmetrics is missing" in line and "requirements-dev.txt" in line
+
+
 def test_no_labels(make_run, bands, data_dir, quick, tmp_path, capsys):
     """What needs none is measured; one line says what was not."""
     folder = tmp_path / "pictures"

@@ -293,7 +293,18 @@ def test_what_this_run_cannot_do(model, make_run, capsys, tmp_path):
     assert "no components" in mistake(capsys, path, "--component", 1)
     assert "of points" in mistake(capsys, points, "--out", tmp_path / "folder")
     assert "is not empty" in mistake(capsys, path, "--out", path)
+    assert ".png, an array" in mistake(capsys, path, "--out", tmp_path / "grid.jpg")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("model", [SOLO], indirect=True)
+def test_a_full_memory(model, make_run, capsys, monkeypatch):
+    def full(nets, z):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    path = make_run(model, (1, 8, 8))
+    monkeypatch.setattr(model, "generate", full)
+    assert "--batch-size" in mistake(capsys, path)
 
 
 def test_a_component_that_is_not_there(mixture, capsys):

@@ -312,7 +312,7 @@ def main(argv=None):
     parser = Parser("claims", __doc__.split("\n")[0])
     parser.add_argument("claims", nargs="*", help=f"of {', '.join(CLAIMS)}; all unless given")
     parser.add_argument("--steps", type=whole(1), help="of each training, in place of the claim's own number")
-    parser.add_argument("--out", default="runs/claims", help="folder for the figures")
+    parser.add_argument("--out", default="claims", help="folder for the figures")
     parser.add_argument("--seed", type=whole(0), default=0, help="fixes everything random")
     parser.set_defaults(device="cpu")
     options = parser.parse_args(argv)

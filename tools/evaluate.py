@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -344,6 +345,9 @@ def evaluate_group(runs, options, complain):
         try:
             result = evaluate(run, data)
             (run.path / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except torch.OutOfMemoryError:
+            complain(f"{run.path}: the memory of the {options.device} device is full; smaller: --batch-size")
+            continue
         except (OSError, ValueError) as error:
             complain(f"{run.path}: {error}")
             continue
@@ -368,6 +372,9 @@ def parse(argv):
 def main(argv=None):
     """Evaluate the runs, print a table for each data set, write what was asked for; 2 if a run failed."""
     parser, options = parse(argv)
+    for package in ("matplotlib", "scipy", "sklearn", "torchmetrics", "umap"):  # now, not after minutes
+        if find_spec(package) is None:
+            parser.error(f"{package} is missing: pip install -r requirements-dev.txt")
     failed = []
 
     def complain(message):

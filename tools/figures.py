@@ -69,13 +69,19 @@ def levels(run, x, fake, path, points=1000):
     line = torch.linspace(-limit, limit, 121)
     plane = torch.cartesian_prod(line, line)
     score = in_batches(run.nets[score_of(run)], plane, 5000, run.device).view(121, 121).T
-    figure, (panel,) = axes(width=5, height=5)
-    panel.contour(line.numpy(), line.numpy(), score.numpy(), levels=25, linewidths=0.8)
+    figure, (panel,) = axes(width=6, height=5)
+    sets = panel.contour(line.numpy(), line.numpy(), score.numpy(), levels=25, linewidths=0.8)
+    figure.colorbar(sets, label=f"score of the {score_of(run)}, high where it sees data", shrink=0.8)
     panel.scatter(*x.T, s=3, color="tab:orange", label="real")
     panel.scatter(*fake.T, s=3, color="tab:green", label="generated")
     panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=run.path.name)
     panel.legend(fontsize="x-small", loc="upper right")
     save(figure, path)
+
+
+def ticks(classes):
+    """The labels that an axis has room for."""
+    return range(0, classes, max(1, classes // 10))
 
 
 def heat_map(run, data, path):
@@ -86,7 +92,7 @@ def heat_map(run, data, path):
     image = panel.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(image, label="mean of q(k|x)")
     panel.set(xlabel="component k", ylabel="label", title=run.path.name)
-    panel.set(xticks=range(matrix.shape[1]), yticks=range(data.classes))
+    panel.set(xticks=range(matrix.shape[1]), yticks=ticks(data.classes))
     save(figure, path)
 
 
@@ -98,8 +104,9 @@ def umap(run, data, n, path):
     plane = umap_plane(torch.cat([z_hat, z]), data.options.seed)
     figure, (panel,) = axes(width=6, height=5)
     panel.scatter(*plane[len(x) :].T, s=4, color="0.75", label="prior")
-    dots = panel.scatter(*plane[: len(x)].T, s=6, c=y.numpy(), cmap="tab10")
-    figure.colorbar(dots, label="label", ticks=range(data.classes))
+    colours = {"vmin": -0.5, "vmax": data.classes - 0.5, "cmap": "tab10" if data.classes <= 10 else "turbo"}
+    dots = panel.scatter(*plane[: len(x)].T, s=6, c=y.numpy(), **colours)
+    figure.colorbar(dots, label="label", ticks=ticks(data.classes))
     panel.set(xticks=[], yticks=[], title=run.path.name)
     panel.legend(fontsize="x-small")
     save(figure, path)

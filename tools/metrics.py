@@ -103,7 +103,8 @@ def independent_critic(x_train, fake_train, x_value, fake_value, budget, device=
 
     @torch.no_grad()
     def mean_score(x):
-        return torch.cat([critic(as_float(part).to(device)) for part in x.split(500)]).double().mean().item()
+        scores = [critic(as_float(part).to(device)).cpu() for part in x.split(500)]
+        return torch.cat(scores).double().mean().item()
 
     return mean_score(x_value) - mean_score(fake_value)
 

@@ -4,11 +4,12 @@
 #     tools/reproduce.sh            the full settings, for a GPU
 #     tools/reproduce.sh --quick    smaller ones: at most 12 minutes a model on two CPU cores
 #
-# DATA names the folder with the data sets (data), OUT that of the runs and the report (runs/reproduce).
+# DATA names the folder with the data sets (data), OUT that of the runs and the report (reproduce, reproduce-quick).
 # What is there already goes on where it was, or is left alone if it is finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=${DATA:-data} out=${OUT:-runs/reproduce}
+mode=${1:-} data=${DATA:-data}
+out=${OUT:-reproduce${mode/#--/-}}
 
 train() { # NAME MODEL.py FLAGS…: a new run, or the rest of one
     local run="$out/$1" file=$2
@@ -20,7 +21,7 @@ train() { # NAME MODEL.py FLAGS…: a new run, or the rest of one
     fi
 }
 
-case "${1:-}" in
+case "$mode" in
 --quick)
     train dcgan dcgan.py --dataset mnist --width 16 --steps 6000
     train wgan wgan.py --dataset mnist --width 16 --steps 2000 --lr 2e-4

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import as_float, read_picture, resize, save_grid
+from common import SUFFIXES, as_float, read_picture, resize, save_grid
 from tools.runs import Parser, draw_z, load_split, open_run, reconstructions, samples, whole
 
 COLUMNS = 8
@@ -106,6 +106,8 @@ def refusal(run, options):
         return f"--component {options.component}: {run.path} has 0 … {run.components - 1}"
     if not run.images and options.reconstruct:
         return f"{run.path} is of points: it cannot reconstruct picture files"
+    if options.out.suffix.lower() in SUFFIXES and not file:
+        return f"--out {options.out}: a grid is a name in .png, an array in .npz; others are folders"
     if not run.images and not file:
         return f"{run.path} is of points: --out takes a name in .png, for their density, or in .npz"
     if not file and options.out.is_dir() and any(options.out.iterdir()):
@@ -146,6 +148,8 @@ def main(argv=None):
         if problem := refusal(run, options):
             raise ValueError(problem)
         write(reconstructed(run, options) if pairs else sampled(run, options), options.out)
+    except torch.OutOfMemoryError:
+        parser.error(f"the memory of the {options.device} device is full: take a smaller --batch-size")
     except (OSError, ValueError) as error:
         parser.error(error)
     print(options.out)
