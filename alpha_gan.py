@@ -427,7 +427,7 @@ def main(argv=None):
     try:
         train(config, x_train, x_test, saved)
     except torch.OutOfMemoryError:
-        fail(f"the memory of the {config.device} device is full: take a smaller --batch-size or --width")
+        fail(f"memory of {config.device} is full: take a smaller --batch-size or --width, and another --out")
     except OSError as error:  # no place or no right to write
         fail(f"{error}; what {config.out} held is whole")
 

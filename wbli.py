@@ -9,7 +9,7 @@ samples with their z. At zero each is the other's inverse, though no reconstruct
 Differs from the paper: only its abstract is public. It implies this objective; chosen here are
     networks     DCGAN's, E without batch norm; F: a tower for x, one for z, and an mlp over both
     constraint   WGAN-GP's penalty, λ 10, on the joint gradient, or with --constraint clip WGAN's weights
-    settings     3 critic steps, batch 64, z 16; Adam 5e-4 (0.5, 0.9); with clip RMSProp 5e-5, c 0.01
+    settings     3 critic steps, batch 64, z 16; Adam 5e-4 (0.5, 0.9); clip: RMSProp 5e-5, c 0.01; points: TOY
 
     python wbli.py --width 16 --steps 1000    # minutes on a CPU, without a download
     python wbli.py --dataset mnist
@@ -391,7 +391,7 @@ def main(argv=None):
     try:
         train(config, x_train, x_test, saved)
     except torch.OutOfMemoryError:
-        fail(f"the memory of the {config.device} device is full: take a smaller --batch-size or --width")
+        fail(f"memory of {config.device} is full: take a smaller --batch-size or --width, and another --out")
     except OSError as error:  # no place or no right to write
         fail(f"{error}; what {config.out} held is whole")
 
