@@ -53,7 +53,7 @@ def load_data(name, data_dir, split, image_size, device):
         room = 2**30  # Metal does not say how much is free
     if x.nbytes > room:
         size = f"{x.nbytes / 2**30:.1f} GiB"
-        why = f"too large for {device}, so that steps cannot be replayed as CUDA graphs, which is slower"
+        why = f"too large for {device}; steps are slower so: tools.bench measures how much (data on host)"
         print(f"the data ({size}) stay on the host: {why}", file=sys.stderr)
         return x, y
     return x.to(device), None if y is None else y.to(device)
