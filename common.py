@@ -320,7 +320,9 @@ def decoded(folder, names, image_size, data_dir):
     cache = data_dir / "cache" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     if not cache.exists():
         try:
-            decode(folder, names, image_size, cache)
+            # PIL lets go of Python's lock only while it decodes: with small pictures threads just wait.
+            small = sum(stat.st_size for stat in stats) < 10_000 * len(stats)
+            decode(folder, names, image_size, cache, threaded=not small)
         except OSError as error:
             advice = "make room there or choose another --data-dir"
             raise OSError(f"decoding into {cache.parent} failed ({error}); {advice}") from error
@@ -335,7 +337,7 @@ def decoded(folder, names, image_size, data_dir):
     return x, [name for name in names if name not in skipped]
 
 
-def decode(folder, names, image_size, cache):
+def decode(folder, names, image_size, cache, threaded):
     """Make the cache: images.npy, uint8 (N, C, image_size, image_size), C 1 if all are grey; skipped.json."""
     from PIL import Image
     from tqdm import tqdm
@@ -356,7 +358,8 @@ def decode(folder, names, image_size, cache):
         with open(f"{scratch}/rgb", "wb") as file, bar:
             for start in range(0, len(names), together):
                 chunk = names[start : start + together]
-                for name, picture in zip(chunk, pool.map(attempt, chunk), strict=True):
+                pictures = pool.map(attempt, chunk) if threaded else map(attempt, chunk)
+                for name, picture in zip(chunk, pictures, strict=True):
                     bar.update()
                     if isinstance(picture, Exception):
                         skipped.append(name)

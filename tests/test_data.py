@@ -988,11 +988,17 @@ def test_a_picture_too_large_to_be_meant_is_skipped(tmp_path, monkeypatch, capsy
     assert "bomb.png" in capsys.readouterr().err
 
 
-def test_pictures_beyond_one_chunk_stay_in_order(tmp_path):
-    folder = tmp_path / "pictures"
+@pytest.mark.parametrize("padding", [0, 12_000])
+def test_pictures_beyond_one_chunk_stay_in_order(padding, tmp_path, monkeypatch):
+    """Small files are read one after the other, large ones by several threads."""
+    folder, threads, read_picture = tmp_path / "pictures", set(), common.read_picture
+    monkeypatch.setattr(
+        common, "read_picture", lambda *args: threads.add(threading.current_thread()) or read_picture(*args)
+    )
     folder.mkdir()
     for i in range(600):
-        (folder / f"{i}.ppm").write_bytes(b"P6 2 2 255\n" + bytes([i % 250, i // 250, i % 7]) * 4)
+        pixels = bytes([i % 250, i // 250, i % 7]) * 4
+        (folder / f"{i}.ppm").write_bytes(b"P6 2 2 255\n" + pixels + bytes(padding))
     (folder / "broken.ppm").write_bytes(b"P6 2 2 255\n")
     parts = [load(folder, tmp_path, split, image_size=2)[0] for split in ("train", "test")]
     x = torch.cat(parts).long()
@@ -1000,6 +1006,7 @@ def test_pictures_beyond_one_chunk_stay_in_order(tmp_path):
     i = x[:, 0, 0, 0] + 250 * x[:, 1, 0, 0]
     assert sorted(i.tolist()) == list(range(600))
     assert torch.equal(x[:, 2, 1, 1], i % 7)
+    assert (threading.main_thread() in threads) == (padding == 0)
 
 
 def test_only_broken_pictures(tmp_path, capsys):
@@ -1138,9 +1145,9 @@ def test_two_runs_at_once_share_the_faster_one_s_cache(tmp_path, monkeypatch):
     write_folder(tmp_path / "pictures", 4)
     real = common.decode
 
-    def overtaken(folder, names, image_size, cache):
-        real(folder, names, image_size, cache)
-        real(folder, names, image_size, cache)
+    def overtaken(folder, names, image_size, cache, **options):
+        real(folder, names, image_size, cache, **options)
+        real(folder, names, image_size, cache, **options)
 
     monkeypatch.setattr(common, "decode", overtaken)
     assert len(load(tmp_path / "pictures", tmp_path)[0]) == 3
