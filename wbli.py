@@ -208,7 +208,7 @@ def train(config, x_train, x_test, saved=None):
 
 DEFAULTS = {"model": "wbli", "prior": "normal", "batch_size": 64, "z_dim": 16, "width": 64, "lr": 5e-4}
 DEFAULTS |= {"critic_steps": 3, "constraint": "gp", "gp_weight": 10, "clip": 0.01}
-TOY = {"network": "mlp", "z_dim": 2, "lr": 1e-3, "critic_steps": 5, "gp_weight": 1}  # of ten tried on grid
+TOY = {"network": "mlp", "z_dim": 2, "lr": 1e-3, "critic_steps": 5, "gp_weight": 1}  # best of ten on grid
 VARIANTS = {"dataset": {"ring": TOY, "grid": TOY, "swissroll": TOY}, "constraint": {"clip": {"lr": 5e-5}}}
 ABOVE = {"batch_size": 1, "seed": -1, "snapshots": -1}  # all numbers have to be above 0, but these
 

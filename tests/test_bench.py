@@ -144,6 +144,35 @@ def test_a_mistake_is_one_line(flags, capsys):
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def failing(error):
+    """A stand-in for a measurement, which for wgan_gp raises the error."""
+
+    def measured(task):
+        if task[0] == "wgan_gp":
+            raise error
+        settings = {"device": "cpu", "dataset": "ring", "image_size": 32}
+        return {"model": task[0], "iteration_s": 1.0, "steps_per_s": 1.0} | settings
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    "error, rows",
+    [(torch.OutOfMemoryError("full"), ["wgan", "wbli"]), (ValueError("no data"), ["wgan"])],
+    ids=str,
+)
+def test_what_was_measured_before_a_failure_is_printed(error, rows, monkeypatch, capsys):
+    """A full memory is one model's; a mistake is all models', and said once."""
+    monkeypatch.setattr(bench, "in_a_process", failing(error))
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(
+            ["wgan", "wgan_gp", "wgan_gp", "wbli"] if rows == ["wgan"] else ["wgan", "wgan_gp", "wbli"]
+        )
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.err.count("error:") == 1
+    assert [line.split()[0] for line in printed.out.splitlines()[1:-1]] == rows
+
+
 def test_a_whole_measurement(tmp_path, capsys):
     flags = ["--dataset", "ring", "--width", "2", "--batch-size", "8", "--device", "cpu", "--seconds", "1"]
     bench.main(["wgan", *flags, "--json", str(tmp_path / "bench.json")])

@@ -322,7 +322,7 @@ def in_a_process(task):
 
 
 def main(argv=None):
-    """Measure and print as the flags say."""
+    """Measure and print as the flags say; 2 if something could not be measured."""
     parser = Parser("bench", __doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", help="names of model files; all unless given")
     parser.add_argument("--dataset", help="as in the model files")
@@ -347,8 +347,9 @@ def main(argv=None):
             results.append(in_a_process(task))
         except torch.OutOfMemoryError:
             parser.complain(f"{task[0]} finds too little memory: take a smaller --batch-size or --width")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # of the flags, and so of all models alike
             parser.complain(error)
+            break
     if not results:
         sys.exit(2)
     print(aligned(sweep_table(results) if options.sweep else table(results)))
@@ -357,6 +358,8 @@ def main(argv=None):
     print("; ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items()))
     if options.json:
         Path(options.json).write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    if len(results) < len(todo):
+        sys.exit(2)
 
 
 if __name__ == "__main__":
