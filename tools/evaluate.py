@@ -88,14 +88,15 @@ class Data:
     def real(self):
         """The measures of samples, of real data in their place: test items, for the critic train items."""
         test, train = (Subject(None, x[: self.options.n]) for x in (self.x_test, self.x_train))
-        stages = {"scores": (classifier_scores, test), "diversity": (diversity, test)}
-        stages |= {"modes": (modes, test), "critic": (critic, train)}
+        subjects = {"independent critic": train} | dict.fromkeys(OF_SAMPLES, test)
+        stages = {name: (STAGES[name], subjects[name]) for name in self.options.stages if name in subjects}
         return carried_out(stages, self, "real data")[0]
 
     @cached_property
     def pixels(self):
         """The measures of codes, of the pixels in their place; {} where codes are not measured."""
-        return carried_out({"codes": (raw_pixels, None)}, self, "raw pixels")[0]
+        stages = {"codes": (raw_pixels, None)} if "representation" in self.options.stages else {}
+        return carried_out(stages, self, "raw pixels")[0]
 
     def references(self, run):
         """{"real data": …, "raw pixels": …}: what to compare the run's measures with."""
@@ -263,6 +264,7 @@ STAGES = {
     "clusters": clusters,
     "snapshots": snapshots,
 }
+OF_SAMPLES = ("classifier scores", "diversity", "modes")  # those that test items can stand in for
 
 
 # Runs
@@ -292,7 +294,7 @@ def evaluate(run, data):
     """The content of evaluation.json: what was measured, of what, and how."""
     options = data.options
     x = samples(run, draw_z(run, options.n, options.seed), options.batch_size)
-    stages = {name: (function, Subject(run, x)) for name, function in STAGES.items()}
+    stages = {name: (STAGES[name], Subject(run, x)) for name in options.stages}
     found, details, not_measured = carried_out(stages, data, str(run.path))
     settings = {"critic": metrics.CRITIC if run.images else metrics.CRITIC_OF_POINTS}
     if run.images:
@@ -366,6 +368,7 @@ def parse(argv):
     flag("--n", type=whole(2), help="samples; 10000, points 2500, unless given")
     flag("--report", metavar="DIR", type=Path, help="write a Markdown report with figures into this folder")
     parser.add_shared(batch_size=250)
+    parser.set_defaults(stages=[*STAGES])
     return parser, parser.parse_args(argv)
 
 

@@ -58,15 +58,19 @@ def title(name, dataset):
     return f"digit-{head}" if head.startswith("classifier") and dataset in DIGITS else head
 
 
+def cost(name, value, real=None):
+    """The less, the better the value of this measure; `real` is what real data have of it."""
+    return {"lower": value, "higher": -value, "data": abs(value - (real or 0))}[METRICS[name].best]
+
+
 def best_of(name, values, real):
     """The indices of the best of these numbers, some perhaps None; [] if all or none of them are."""
     present = [i for i, value in enumerate(values) if value is not None]
     rule = METRICS[name].best
     if len(present) < 2 or rule is None or (rule == "data" and real is None):
         return []
-    cost = {"lower": lambda v: v, "higher": lambda v: -v, "data": lambda v: abs(v - real)}[rule]
-    least = min(cost(values[i]) for i in present)
-    best = [i for i in present if cost(values[i]) == least]
+    costs = {i: cost(name, values[i], real) for i in present}
+    best = [i for i in present if costs[i] == min(costs.values())]
     return [] if len(best) == len(present) else best
 
 

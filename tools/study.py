@@ -1,0 +1,259 @@
+"""python -m tools.study [points|digits|stacked|colors …]: models against each other, over seeds and settings.
+
+    points   WBLI, BiGAN and WGAN-GP in WBLI's networks, on the grid of 25 Gaussians, at five learning rates
+    digits   the same three on MNIST, at their own learning rates
+    stacked  the same on stacked MNIST with its 1 000 modes
+    colors   α-GAN, DCGAN and WGAN-GP, each in its own networks, on color_mnist, at four learning rates
+
+All models of a study train for about the same time on a CPU. Every training is a run of the model file, with
+the norms of the gradients of generator and encoder as two more columns of metrics.csv; what was stopped goes
+on. Prints the table of tools.evaluate, each model's spread over its runs and the gradients along them, and
+draws study-<name>.png.
+"""
+
+import math
+import sys
+from argparse import Namespace
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, median
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+import wbli
+from tools import evaluate, figures, history, tables
+from tools.runs import Parser, open_run, whole
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs of models {name: steps}, with these flags, at each of the rates, with each of the seeds.
+
+    rates: None is the model's own. shared: all in WBLI's networks. stages: of tools.evaluate; n: samples.
+    """
+
+    models: dict
+    flags: list
+    stages: list
+    n: int
+    rates: tuple = (None,)
+    seeds: int = 3
+    shared: bool = True
+
+    def runs(self, steps=None):
+        """{the run's name: (model, flags)}; `steps` in place of each model's own."""
+        found = {}
+        for model, own in self.models.items():
+            for lr in self.rates:
+                for seed in range(self.seeds):
+                    flags = [*self.flags, "--seed", str(seed), "--steps", str(steps or own)]
+                    flags += [] if lr is None else ["--lr", f"{lr:g}"]
+                    found["-".join([model, *([] if lr is None else [f"{lr:g}"]), str(seed)])] = model, flags
+        return found
+
+
+GRID = ["--dataset", "grid", "--width", "16", "--log-every", "10"]
+CONV = ["--width", "16", "--z-dim", "16", "--log-every", "10"]
+COLORS = ["--dataset", "color_mnist", "--width", "16", "--log-every", "10"]
+RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
+ON_POINTS = {"wbli": 1000, "bigan": 6000, "wgan_gp": 1000}  # in about a minute each, on one core
+ON_PICTURES = {"wbli": 800, "bigan": 2200, "wgan_gp": 720}  # in some five minutes
+ON_COLORS = {"alpha_gan": 1300, "dcgan": 1900, "wgan_gp": 620}  # in some four minutes
+CODES = ["classifier scores", "reconstruction", "representation"]
+SAMPLES = ["classifier scores", "diversity", "independent critic"]
+STUDIES = {
+    "points": Study(ON_POINTS, GRID, ["modes", "reconstruction"], 2500, RATES),
+    "digits": Study(ON_PICTURES, ["--dataset", "mnist", *CONV], CODES, 10_000),
+    "stacked": Study(ON_PICTURES, ["--dataset", "stacked_mnist", *CONV], ["classifier scores"], 26_000),
+    "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, RATES[1:], seeds=1, shared=False),
+}
+
+# Training
+
+
+def shared_networks(model, config):
+    """WBLI's networks by this model's names; BiGAN's codes stay in [−1, 1], WGAN-GP's critic sees x alone."""
+    nets = wbli_networks(config)
+    if model.__name__ == "bigan":
+        nets["encoder"] = nn.Sequential(nets["encoder"], model.Squash())
+        nets["discriminator"] = nets.pop("critic")
+    if model.__name__ == "wgan_gp":
+        if config.network == "mlp":
+            critic = wbli.mlp(math.prod(config.shape), 1, 8 * config.width)
+        else:
+            critic = wbli.Encoder(config.shape, 1, config.width, norm=False)
+        nets = {"generator": nets["generator"], "critic": nn.Sequential(critic, nn.Flatten(0))}
+    return nets
+
+
+wbli_networks = wbli.networks
+
+
+def with_gradients(run):
+    """The `run` of a model file, logging the norms of the gradients of generator and encoder as well."""
+
+    def logged(config, nets, optimizers, iteration, *rest):
+        norms = {}
+
+        def note(optimizer, name):
+            weights = optimizer.param_groups[0]["params"]
+            norms[f"gradient of {name}"] = nn.utils.get_total_norm([weight.grad for weight in weights])
+
+        for name in ("generator", "encoder"):
+            if name in optimizers:
+                optimizers[name].register_step_pre_hook(lambda its, *_, name=name: note(its, name))
+        run(config, nets, optimizers, lambda: iteration() | norms, *rest)
+
+    return logged
+
+
+@contextmanager
+def prepared(study):
+    """Inside, the study's models log their gradients and have its networks."""
+    with ExitStack() as changes:
+        for model in map(import_module, study.models):
+            changes.enter_context(patch.object(model, "run", with_gradients(model.run)))
+            if study.shared:
+                changes.enter_context(patch.object(model, "networks", partial(shared_networks, model)))
+        yield
+
+
+def train(model, flags, path):
+    """Train into this folder, or what is left to do there; False if it diverged."""
+    flags = [*flags, *(["--resume"] if (path / "checkpoint.pt").exists() else ["--out"]), str(path)]
+    try:
+        import_module(model).main(flags)
+    except SystemExit as stop:
+        if stop.code != 1:
+            raise
+        return False
+    return True
+
+
+# Results; done is [(run, its evaluation)]
+
+
+def by_model(done):
+    """{model: [(run, its evaluation)]}, in the order given."""
+    names = dict.fromkeys(run.config.model for run, _ in done)
+    return {name: [pair for pair in done if pair[0].config.model == name] for name in names}
+
+
+def spread(done):
+    """For each model the best, the median and the worst that its runs have of each measure."""
+    real, dataset = done[0][1]["references"].get("real data", {}), done[0][1]["dataset"]
+    used = {name for _, result in done for name in result["metrics"] if tables.METRICS[name].best}
+    names = [name for name in tables.METRICS if name in used]
+    rows = [["best / median / worst", "runs", *(tables.title(name, dataset) for name in names)]]
+    for model, pairs in by_model(done).items():
+        cells = []
+        for name in names:
+            found = [result["metrics"][name] for _, result in pairs if name in result["metrics"]]
+            found.sort(key=partial(tables.cost, name, real=real.get(name)))
+            of = [found[0], median(found), found[-1]] if found else []
+            cells.append(" / ".join(format(value, tables.METRICS[name].form) for value in of) or "–")
+        rows.append([model, str(len(pairs)), *cells])
+    return rows
+
+
+def gradients(run):
+    """{network: norms of its gradient along the run}."""
+    columns = history.read_metrics(run.path)
+    return {name.split()[-1]: columns[name] for name in columns if name.startswith("gradient of ")}
+
+
+def gradient_rows(done):
+    """For each network and rate the norms over the seeds: medians of two tenths, the least, the greatest."""
+    rows, found = [["gradient of", "first tenth", "last tenth", "least", "greatest"]], defaultdict(list)
+    for run, _ in done:
+        for name, norms in gradients(run).items():
+            found[f"{name}, {run.config.model}, learning rate {run.config.lr:g}"].append(norms)
+    for title, norms in found.items():
+        tenth = max(1, len(norms[0]) // 10)
+        sizes = [median(n[:tenth]) for n in norms], [median(n[-tenth:]) for n in norms]
+        sizes = mean(sizes[0]), mean(sizes[1]), min(n.min() for n in norms), max(n.max() for n in norms)
+        rows.append([title, *(f"{size:.3g}" for size in sizes)])
+    return rows
+
+
+def draw(done, path):
+    """A panel a model: the norms, filtered, along each of its runs, a colour for each learning rate."""
+    groups = by_model(done)
+    figure, panels = figures.axes(1, len(groups))
+    for panel, (model, pairs) in zip(panels, groups.items(), strict=True):
+        rates = sorted({run.config.lr for run, _ in pairs})
+        for run, _ in pairs:
+            color, steps = f"C{rates.index(run.config.lr)}", history.read_metrics(run.path)["step"]
+            for name, norms in gradients(run).items():
+                style = {"color": color, "linestyle": "-" if name == "generator" else "--", "linewidth": 1}
+                label = f"{name}, learning rate {run.config.lr:g}" if run.config.seed == 0 else None
+                panel.plot(steps, history.filtered(norms), label=label, **style)
+        panel.set(xlabel="step", yscale="log", title=f"{model}: norms of the gradients")
+        panel.legend(fontsize="xx-small")
+    figures.save(figure, path)
+
+
+# The command
+
+
+def check(study, name, options, complain):
+    """Train and evaluate, print the tables and draw; False if something failed."""
+    folder, runs = Path(options.out) / name, study.runs(options.steps)
+    shared = ["--data-dir", options.data_dir, "--device", options.device.type]
+    with prepared(study):
+        for i, (title, (model, flags)) in enumerate(runs.items(), 1):
+            print(f"{name}, run {i} of {len(runs)}: {title}", file=sys.stderr)
+            if not train(model, [*flags, *shared], folder / title):
+                complain(f"{folder / title} diverged; what is evaluated is its last checkpoint")
+        measured = Namespace(n=options.n or study.n, seed=0, batch_size=250, stages=study.stages)
+        measured.data_dir, measured.device = options.data_dir, options.device
+        opened = [open_run(folder / title, options.device) for title in runs]
+        _, done = evaluate.evaluate_group(opened, measured, complain)
+    if done:
+        path = Path(options.out) / f"study-{name}.png"
+        draw(done, path)
+        rows = tables.aligned(spread(done)), tables.aligned(gradient_rows(done))
+        print(f"{name}, {path}", tables.text(done), *rows, sep="\n\n", end="\n\n")
+
+
+def main(argv=None):
+    """Train, evaluate and print as the flags say; 2 if something failed."""
+    parser = Parser("study", __doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("studies", nargs="*", help=f"of {', '.join(STUDIES)}; all unless given")
+    flag("--steps", type=whole(1), help="of each training, in place of its own number")
+    flag("--n", type=whole(2), help="samples to evaluate, in place of the study's own number")
+    flag("--out", default="study", help="folder for runs and figures")
+    flag("--data-dir", default="data", help="where data sets are found, downloaded to and cached")
+    flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU if any")
+    options, failed = parser.parse_args(argv), []
+    if unknown := [name for name in options.studies if name not in STUDIES]:
+        parser.error(f"{unknown[0]} is no study; known are {', '.join(STUDIES)}")
+    for package in ("matplotlib", "scipy", "sklearn", "torchmetrics"):  # now, not after an hour
+        if find_spec(package) is None:
+            parser.error(f"{package} is missing: pip install -r requirements-dev.txt")
+
+    def complain(message):
+        failed.append(message)
+        parser.complain(message)
+
+    try:
+        for name in options.studies or STUDIES:
+            check(STUDIES[name], name, options, complain)
+    except (OSError, ValueError) as error:
+        parser.error(error)
+    print(f"torch {torch.__version__}; {options.device}, {torch.get_num_threads()} threads; {date.today()}")
+    if failed:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
