@@ -446,14 +446,14 @@ def main(argv=None):
         x_train, _ = load_data(config.dataset, config.data_dir, "train", config.image_size, config.device)
         x_test, _ = load_data(config.dataset, config.data_dir, "test", config.image_size, config.device)
         config.shape = list(x_train.shape[1:])
-    except (OSError, ValueError) as error:
-        fail(error)
+    except (KeyboardInterrupt, OSError, ValueError) as error:
+        fail(str(error) or "stopped before the first step")
     try:
         train(config, x_train, x_test, saved)
     except torch.OutOfMemoryError:
         fail(f"memory of {config.device} is full: take a smaller --batch-size or --width, and another --out")
-    except OSError as error:  # no place or no right to write
-        fail(f"{error}; what {config.out} held is whole")
+    except (KeyboardInterrupt, OSError) as error:  # no place or no right to write
+        fail(f"{str(error) or 'stopped'}; what {config.out} held is whole")
 
 
 if __name__ == "__main__":

@@ -464,3 +464,15 @@ def test_resuming_with_the_flags_the_run_has(copied):
     flags = [*POINTS, "--out", str(run), "--resume", f"{run}/", "--steps", "2"]
     import_module(SOLO).main(flags)
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+@each
+@pytest.mark.parametrize("when", ["load_data", "train"])
+def test_ctrl_c_before_the_first_step(model, when, refused, monkeypatch):
+    """While data are read or, in gm_wae.py, the encoder is trained beforehand: a line, no traceback."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module(model), when, stopped)
+    assert "stopped" in refused(model, *POINTS)

@@ -100,6 +100,7 @@ def data(bands, data_dir, quick):
     """The Data of `bands`."""
     config = Namespace(dataset=str(bands), data_dir=str(data_dir), image_size=PIXELS, shape=[1, 8, 8])
     options = Namespace(n=800, seed=0, data_dir=None, device=torch.device("cpu"), batch_size=250)
+    options.stages = [*evaluate.STAGES]
     return evaluate.Data(runs.Run(Path("run"), None, config, 0, None, options.device), options)
 
 
@@ -712,6 +713,7 @@ def test_the_halves_of_mnist_are_alike(monkeypatch):
     monkeypatch.setattr(evaluate.Data, "features", lambda self, x: None)
     config = Namespace(dataset="mnist", data_dir=str(MNIST), image_size=32, shape=[1, 32, 32])
     options = Namespace(n=10, seed=0, data_dir=None, device=torch.device("cpu"), batch_size=250)
+    options.stages = [*evaluate.STAGES]
     data = evaluate.Data(runs.Run(Path("run"), None, config, 0, None, options.device), options)
     plain, _ = load_data("mnist", MNIST, "test", 32, "cpu")
 

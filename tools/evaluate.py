@@ -296,9 +296,12 @@ def evaluate(run, data):
     x = samples(run, draw_z(run, options.n, options.seed), options.batch_size)
     stages = {name: (STAGES[name], Subject(run, x)) for name in options.stages}
     found, details, not_measured = carried_out(stages, data, str(run.path))
-    settings = {"critic": metrics.CRITIC if run.images else metrics.CRITIC_OF_POINTS}
-    if run.images:
+    settings = {}
+    if "independent critic" in options.stages:
+        settings["critic"] = metrics.CRITIC if run.images else metrics.CRITIC_OF_POINTS
+    if run.images and "representation" in options.stages:
         settings["probe"] = metrics.PROBE
+    if run.images and "diversity" in options.stages:
         scales = metrics.ms_ssim_scales(run.config.image_size)
         settings["ms_ssim"] = {"window": metrics.MS_SSIM_WINDOW, "sigma": metrics.MS_SSIM_SIGMA}
         settings["ms_ssim"] |= {"scales": scales}

@@ -78,6 +78,8 @@ STUDIES = {
 
 # Training
 
+wbli_networks = wbli.networks  # which `prepared` replaces
+
 
 def shared_networks(model, config):
     """WBLI's networks by this model's names; BiGAN's codes stay in [−1, 1], WGAN-GP's critic sees x alone."""
@@ -92,9 +94,6 @@ def shared_networks(model, config):
             critic = wbli.Encoder(config.shape, 1, config.width, norm=False)
         nets = {"generator": nets["generator"], "critic": nn.Sequential(critic, nn.Flatten(0))}
     return nets
-
-
-wbli_networks = wbli.networks
 
 
 def with_gradients(run):
@@ -191,11 +190,11 @@ def draw(done, path):
     for panel, (model, pairs) in zip(panels, groups.items(), strict=True):
         rates = sorted({run.config.lr for run, _ in pairs})
         for run, _ in pairs:
-            color, steps = f"C{rates.index(run.config.lr)}", history.read_metrics(run.path)["step"]
+            color, columns = f"C{rates.index(run.config.lr)}", history.read_metrics(run.path)
             for name, norms in gradients(run).items():
                 style = {"color": color, "linestyle": "-" if name == "generator" else "--", "linewidth": 1}
                 label = f"{name}, learning rate {run.config.lr:g}" if run.config.seed == 0 else None
-                panel.plot(steps, history.filtered(norms), label=label, **style)
+                panel.plot(columns["step"], history.filtered(norms), label=label, **style)
         panel.set(xlabel="step", yscale="log", title=f"{model}: norms of the gradients")
         panel.legend(fontsize="xx-small")
     figures.save(figure, path)
@@ -205,7 +204,7 @@ def draw(done, path):
 
 
 def check(study, name, options, complain):
-    """Train and evaluate, print the tables and draw; False if something failed."""
+    """Train and evaluate, print the tables and draw; complain(message) of what fails."""
     folder, runs = Path(options.out) / name, study.runs(options.steps)
     shared = ["--data-dir", options.data_dir, "--device", options.device.type]
     with prepared(study):

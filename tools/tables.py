@@ -170,9 +170,9 @@ def caption(result):
         of = settings["ms_ssim"]
         window = f"{of['window']}×{of['window']} window, σ {of['sigma']}"
         parts.append(f"diversity 1 − MS-SSIM over {of['scales']} scales, {window}")
-    budget = settings["critic"]
-    first, last = budget["gp_weight"]
-    parts.append(f"critic W after {budget['steps']} steps of batch {budget['batch']}, λ {first} to {last}")
+    if "critic" in settings:
+        of, (first, last) = settings["critic"], settings["critic"]["gp_weight"]
+        parts.append(f"critic W after {of['steps']} steps of batch {of['batch']}, λ {first} to {last}")
     return "; ".join(parts)
 
 
