@@ -652,7 +652,7 @@ def test_a_full_memory_ends_one_run(make_run, quick, capsys, monkeypatch):
 
 
 def test_a_missing_package_is_told_at_once(capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "find_spec", lambda package: None if package == "torchmetrics" else package)
+    monkeypatch.setattr(runs, "find_spec", lambda package: None if package == "torchmetrics" else package)
     assert run("nowhere") == 2
     (line,) = errors(capsys)
     assert "torchmetrics is missing" in line and "requirements-dev.txt" in line

@@ -11,7 +11,6 @@ from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -378,18 +377,10 @@ def parse(argv):
 def main(argv=None):
     """Evaluate the runs, print a table for each data set, write what was asked for; 2 if a run failed."""
     parser, options = parse(argv)
-    for package in ("matplotlib", "scipy", "sklearn", "torchmetrics", "umap"):  # now, not after minutes
-        if find_spec(package) is None:
-            parser.error(f"{package} is missing: pip install -r requirements-dev.txt")
-    failed = []
-
-    def complain(message):
-        failed.append(message)
-        parser.complain(message)
-
+    parser.needs("matplotlib", "scipy", "sklearn", "torchmetrics", "umap")
     finished = []
-    for runs in opened(options, complain).values():
-        data, done = evaluate_group(runs, options, complain)
+    for runs in opened(options, parser.complain).values():
+        data, done = evaluate_group(runs, options, parser.complain)
         if done:
             finished.append((data, done))
             print(tables.text(done), flush=True)
@@ -399,8 +390,8 @@ def main(argv=None):
         try:
             print(report.write(options.report, finished))
         except (OSError, ValueError) as error:
-            complain(f"--report {options.report}: {error}")
-    if failed:
+            parser.complain(f"--report {options.report}: {error}")
+    if parser.failed:
         sys.exit(2)
 
 

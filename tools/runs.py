@@ -10,6 +10,7 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
@@ -187,7 +188,7 @@ class Parser(ArgumentParser):
             description=description,
             formatter_class=ArgumentDefaultsHelpFormatter,
         )
-        self.tool = tool
+        self.tool, self.failed = tool, False
 
     def add_shared(self, batch_size):
         """The flags at the end of every tool's."""
@@ -208,9 +209,15 @@ class Parser(ArgumentParser):
         options.device = torch.device(device)
         return options
 
+    def needs(self, *packages):
+        """Stop now, not after minutes, if one of these is not installed."""
+        for package in packages:
+            if find_spec(package) is None:
+                self.error(f"{package} is missing: pip install -r requirements-dev.txt")
+
     def complain(self, message):
-        """One line on stderr."""
-        message = " ".join(str(message).split())
+        """One line on stderr; `failed` is true from now on."""
+        message, self.failed = " ".join(str(message).split()), True
         tqdm.write(f"tools.{self.tool}: error: {message}", file=sys.stderr)
 
     def error(self, message):

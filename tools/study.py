@@ -6,21 +6,22 @@
     colors   α-GAN, DCGAN and WGAN-GP, each in its own networks, on color_mnist, at four learning rates
 
 All models of a study train for about the same time on a CPU. Every training is a run of the model file, with
-the norms of the gradients of generator and encoder as two more columns of metrics.csv; what was stopped goes
-on. Prints the table of tools.evaluate, each model's spread over its runs and the gradients along them, and
-draws study-<name>.png.
+the norms of the gradients of generator and encoder as two more columns of metrics.csv; the same command goes
+on with what was stopped, as the model file cannot where the networks are not its own. Prints the table of
+tools.evaluate, each model's spread over its runs and the gradients along them, and draws study-<name>.png.
 """
 
 import math
+import signal
 import sys
 from argparse import Namespace
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from unittest.mock import patch
@@ -30,7 +31,7 @@ from torch import nn
 
 import wbli
 from tools import evaluate, figures, history, tables
-from tools.runs import Parser, open_run, whole
+from tools.runs import Parser, whole
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,18 @@ class Study:
     def runs(self, steps=None):
         """{the run's name: (model, flags)}; `steps` in place of each model's own."""
         found = {}
-        for model, own in self.models.items():
-            for lr in self.rates:
-                for seed in range(self.seeds):
-                    flags = [*self.flags, "--seed", str(seed), "--steps", str(steps or own)]
-                    flags += [] if lr is None else ["--lr", f"{lr:g}"]
-                    found["-".join([model, *([] if lr is None else [f"{lr:g}"]), str(seed)])] = model, flags
+        for (model, own), lr, seed in product(self.models.items(), self.rates, range(self.seeds)):
+            rate = [] if lr is None else ["--lr", f"{lr:g}"]
+            flags = [*self.flags, *rate, "--seed", str(seed), "--steps", str(steps or own)]
+            found["-".join([model, *rate[1:], str(seed)])] = model, flags
         return found
 
 
-GRID = ["--dataset", "grid", "--width", "16", "--log-every", "10"]
-CONV = ["--width", "16", "--z-dim", "16", "--log-every", "10"]
-COLORS = ["--dataset", "color_mnist", "--width", "16", "--log-every", "10"]
+OFTEN = ["--width", "16", "--log-every", "10", "--save-every", "100"]
+GRID = ["--dataset", "grid", *OFTEN]
+MNIST = ["--dataset", "mnist", "--z-dim", "16", *OFTEN]
+STACKED = ["--dataset", "stacked_mnist", "--z-dim", "16", *OFTEN]
+COLORS = ["--dataset", "color_mnist", *OFTEN]
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 ON_POINTS = {"wbli": 1000, "bigan": 6000, "wgan_gp": 1000}  # in about a minute each, on one core
 ON_PICTURES = {"wbli": 800, "bigan": 2200, "wgan_gp": 720}  # in some five minutes
@@ -71,8 +72,8 @@ CODES = ["classifier scores", "reconstruction", "representation"]
 SAMPLES = ["classifier scores", "diversity", "independent critic"]
 STUDIES = {
     "points": Study(ON_POINTS, GRID, ["modes", "reconstruction"], 2500, RATES),
-    "digits": Study(ON_PICTURES, ["--dataset", "mnist", *CONV], CODES, 10_000),
-    "stacked": Study(ON_PICTURES, ["--dataset", "stacked_mnist", *CONV], ["classifier scores"], 26_000),
+    "digits": Study(ON_PICTURES, MNIST, CODES, 10_000),
+    "stacked": Study(ON_PICTURES, STACKED, ["classifier scores"], 26_000),
     "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, RATES[1:], seeds=1, shared=False),
 }
 
@@ -102,13 +103,13 @@ def with_gradients(run):
     def logged(config, nets, optimizers, iteration, *rest):
         norms = {}
 
-        def note(optimizer, name):
+        def note(name, optimizer, *_):
             weights = optimizer.param_groups[0]["params"]
             norms[f"gradient of {name}"] = nn.utils.get_total_norm([weight.grad for weight in weights])
 
         for name in ("generator", "encoder"):
             if name in optimizers:
-                optimizers[name].register_step_pre_hook(lambda its, *_, name=name: note(its, name))
+                optimizers[name].register_step_pre_hook(partial(note, name))
         run(config, nets, optimizers, lambda: iteration() | norms, *rest)
 
     return logged
@@ -125,11 +126,27 @@ def prepared(study):
         yield
 
 
+@contextmanager
+def restored():
+    """Afterwards the switches that `run` sets, for good where training diverges, are as before."""
+    kinds, switches = (signal.SIGINT, signal.SIGTERM), (torch.backends.cudnn, torch.backends.cuda.matmul)
+    handlers, before = [*map(signal.getsignal, kinds)], (switches[0].benchmark, switches[1].allow_tf32)
+    try:
+        yield
+    finally:
+        switches[0].benchmark, switches[1].allow_tf32 = before
+        for kind, handler in zip(kinds, handlers, strict=True):
+            signal.signal(kind, handler)
+        if torch.cuda.is_initialized():
+            torch.cuda.set_stream(torch.cuda.default_stream())
+
+
 def train(model, flags, path):
     """Train into this folder, or what is left to do there; False if it diverged."""
     flags = [*flags, *(["--resume"] if (path / "checkpoint.pt").exists() else ["--out"]), str(path)]
     try:
-        import_module(model).main(flags)
+        with restored(), redirect_stdout(sys.stderr):
+            import_module(model).main(flags)
     except SystemExit as stop:
         if stop.code != 1:
             raise
@@ -147,39 +164,44 @@ def by_model(done):
 
 
 def spread(done):
-    """For each model the best, the median and the worst that its runs have of each measure."""
+    """For each model what the best, the median and the worst of its runs have of each measure.
+
+    A run that diverged has no place in it: only that it did is counted.
+    """
     real, dataset = done[0][1]["references"].get("real data", {}), done[0][1]["dataset"]
-    used = {name for _, result in done for name in result["metrics"] if tables.METRICS[name].best}
-    names = [name for name in tables.METRICS if name in used]
+    used = {name for _, result in done for name in result["metrics"]}
+    names = [name for name in tables.METRICS if name in used and tables.METRICS[name].best]
+    names = [name for name in names if tables.METRICS[name].best != "data" or name in real]
     rows = [["best / median / worst", "runs", *(tables.title(name, dataset) for name in names)]]
     for model, pairs in by_model(done).items():
-        cells = []
+        ended = [result["metrics"] for run, result in pairs if run.step == run.config.steps]
+        rows.append([model, f"{len(ended)} of {len(pairs)}"])
         for name in names:
-            found = [result["metrics"][name] for _, result in pairs if name in result["metrics"]]
+            found = [measured[name] for measured in ended if name in measured]
             found.sort(key=partial(tables.cost, name, real=real.get(name)))
-            of = [found[0], median(found), found[-1]] if found else []
-            cells.append(" / ".join(format(value, tables.METRICS[name].form) for value in of) or "–")
-        rows.append([model, str(len(pairs)), *cells])
+            of = [found[i] for i in (0, (len(found) - 1) // 2, -1)] if found else []
+            rows[-1].append(" / ".join(format(value, tables.METRICS[name].form) for value in of) or "–")
     return rows
 
 
 def gradients(run):
-    """{network: norms of its gradient along the run}."""
+    """(steps, {network: norms of its gradient}) along the run."""
     columns = history.read_metrics(run.path)
-    return {name.split()[-1]: columns[name] for name in columns if name.startswith("gradient of ")}
+    logged = [name for name in columns if name.startswith("gradient of ") and len(columns[name])]
+    return columns.get("step"), {name.split()[-1]: columns[name] for name in logged}
 
 
 def gradient_rows(done):
     """For each network and rate the norms over the seeds: medians of two tenths, the least, the greatest."""
     rows, found = [["gradient of", "first tenth", "last tenth", "least", "greatest"]], defaultdict(list)
     for run, _ in done:
-        for name, norms in gradients(run).items():
+        for name, norms in gradients(run)[1].items():
             found[f"{name}, {run.config.model}, learning rate {run.config.lr:g}"].append(norms)
-    for title, norms in found.items():
-        tenth = max(1, len(norms[0]) // 10)
-        sizes = [median(n[:tenth]) for n in norms], [median(n[-tenth:]) for n in norms]
-        sizes = mean(sizes[0]), mean(sizes[1]), min(n.min() for n in norms), max(n.max() for n in norms)
-        rows.append([title, *(f"{size:.3g}" for size in sizes)])
+    for title, seeds in found.items():
+        first = mean(median(norms[: max(1, len(norms) // 10)]) for norms in seeds)
+        last = mean(median(norms[-max(1, len(norms) // 10) :]) for norms in seeds)
+        ends = min(norms.min() for norms in seeds), max(norms.max() for norms in seeds)
+        rows.append([title, *(f"{size:.3g}" for size in (first, last, *ends))])
     return rows
 
 
@@ -188,15 +210,16 @@ def draw(done, path):
     groups = by_model(done)
     figure, panels = figures.axes(1, len(groups))
     for panel, (model, pairs) in zip(panels, groups.items(), strict=True):
-        rates = sorted({run.config.lr for run, _ in pairs})
+        rates, labels = sorted({run.config.lr for run, _ in pairs}), {}
         for run, _ in pairs:
-            color, columns = f"C{rates.index(run.config.lr)}", history.read_metrics(run.path)
-            for name, norms in gradients(run).items():
-                style = {"color": color, "linestyle": "-" if name == "generator" else "--", "linewidth": 1}
-                label = f"{name}, learning rate {run.config.lr:g}" if run.config.seed == 0 else None
-                panel.plot(columns["step"], history.filtered(norms), label=label, **style)
+            steps, norms_of = gradients(run)
+            for name, norms in norms_of.items():
+                style = {"color": f"C{rates.index(run.config.lr)}", "linewidth": 1}
+                style["linestyle"] = "-" if name == "generator" else "--"
+                (line,) = panel.plot(steps, history.filtered(norms), **style)
+                labels.setdefault(f"{name}, learning rate {run.config.lr:g}", line)
         panel.set(xlabel="step", yscale="log", title=f"{model}: norms of the gradients")
-        panel.legend(fontsize="xx-small")
+        panel.legend(labels.values(), labels, fontsize="xx-small")
     figures.save(figure, path)
 
 
@@ -211,16 +234,17 @@ def check(study, name, options, complain):
         for i, (title, (model, flags)) in enumerate(runs.items(), 1):
             print(f"{name}, run {i} of {len(runs)}: {title}", file=sys.stderr)
             if not train(model, [*flags, *shared], folder / title):
-                complain(f"{folder / title} diverged; what is evaluated is its last checkpoint")
+                complain(f"{folder / title} diverged; evaluated is what it saved last")
         measured = Namespace(n=options.n or study.n, seed=0, batch_size=250, stages=study.stages)
         measured.data_dir, measured.device = options.data_dir, options.device
-        opened = [open_run(folder / title, options.device) for title in runs]
-        _, done = evaluate.evaluate_group(opened, measured, complain)
+        measured.runs = [folder / title for title in runs]
+        opened = [run for group in evaluate.opened(measured, complain).values() for run in group]
+        _, done = evaluate.evaluate_group(opened, measured, complain) if opened else (None, [])
     if done:
         path = Path(options.out) / f"study-{name}.png"
+        print(f"{name}, {path}", tables.text(done), sep="\n\n", flush=True)
+        print(tables.aligned(spread(done)), tables.aligned(gradient_rows(done)), sep="\n\n", end="\n\n")
         draw(done, path)
-        rows = tables.aligned(spread(done)), tables.aligned(gradient_rows(done))
-        print(f"{name}, {path}", tables.text(done), *rows, sep="\n\n", end="\n\n")
 
 
 def main(argv=None):
@@ -233,24 +257,19 @@ def main(argv=None):
     flag("--out", default="study", help="folder for runs and figures")
     flag("--data-dir", default="data", help="where data sets are found, downloaded to and cached")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU if any")
-    options, failed = parser.parse_args(argv), []
+    options = parser.parse_args(argv)
     if unknown := [name for name in options.studies if name not in STUDIES]:
         parser.error(f"{unknown[0]} is no study; known are {', '.join(STUDIES)}")
-    for package in ("matplotlib", "scipy", "sklearn", "torchmetrics"):  # now, not after an hour
-        if find_spec(package) is None:
-            parser.error(f"{package} is missing: pip install -r requirements-dev.txt")
-
-    def complain(message):
-        failed.append(message)
-        parser.complain(message)
-
+    parser.needs("matplotlib", "scipy", "sklearn", "torchmetrics")
     try:
         for name in options.studies or STUDIES:
-            check(STUDIES[name], name, options, complain)
+            check(STUDIES[name], name, options, parser.complain)
     except (OSError, ValueError) as error:
         parser.error(error)
+    except KeyboardInterrupt:
+        parser.error("stopped; the same command goes on")
     print(f"torch {torch.__version__}; {options.device}, {torch.get_num_threads()} threads; {date.today()}")
-    if failed:
+    if parser.failed:
         sys.exit(2)
 
 

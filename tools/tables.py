@@ -59,8 +59,9 @@ def title(name, dataset):
 
 
 def cost(name, value, real=None):
-    """The less, the better the value of this measure; `real` is what real data have of it."""
-    return {"lower": value, "higher": -value, "data": abs(value - (real or 0))}[METRICS[name].best]
+    """The less, the better is this value of the measure; `real` is that of real data."""
+    best = METRICS[name].best
+    return abs(value - real) if best == "data" else value if best == "lower" else -value
 
 
 def best_of(name, values, real):
