@@ -147,8 +147,7 @@ def train(config, x_train, x_test, saved=None):
             optimizers[name].zero_grad()
 
     def critic_step():
-        x = sample_batch(x_train, config.batch_size, device)
-        z = draw_z(config.batch_size, config, device)
+        x, z = sample_batch(x_train, config.batch_size, device), draw_z(config.batch_size, config, device)
         with torch.no_grad():
             x_fake = generator(z)
         loss = critic_loss(critic(x), critic(x_fake))
@@ -221,43 +220,45 @@ def run(config, nets, optimizers, iteration, pictures, saved, device, capture):
     handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number)) for kind in both}
     lines = {"mininterval": math.inf, "bar_format": "step {n} of {total} [{elapsed}, {rate_fmt}{postfix}]\n"}
     bar = tqdm(initial=first, total=config.steps, **({} if sys.stderr.isatty() else lines))
-    for step in range(first + 1, config.steps + 1):
-        if capture and step == first + 4:  # three real steps have made all state that the graph works on
-            with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
-                metrics = iteration()  # recorded, not executed
-            iteration = graph.replay  # a whole step in one call, which renews `metrics` and returns None
-        metrics = iteration() or metrics
-        broken = torch.where(torch.stack([*metrics.values()]).isfinite() | (broken > 0), broken, step)
-        bar.update()
-        last = step == config.steps or bool(signals)
-        log, draw, keep = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
-        thin = step * config.snapshots % config.steps < config.snapshots
-        if not (log or draw or keep or thin or last):
-            continue
-        at, name = min(zip(broken.tolist(), metrics, strict=True), key=lambda pair: pair[0] or math.inf)
-        if at:
-            fail(f"{name} was not finite at step {at:.0f}; the checkpoint in {out} is from before", code=1)
-        if log:
-            numbers = {name: f"{value:.6g}" for name, value in metrics.items()}
-            with open(out / "metrics.csv", "a") as file:
-                header = "" if file.tell() else ",".join(["step", *numbers]) + "\n"
-                file.write(header + ",".join([str(step), *numbers.values()]) + "\n")
-            bar.set_postfix(numbers, refresh=not last)  # the last line is written as the bar closes
-        if draw or last:
-            nets.eval()
-            with torch.no_grad():
-                for name, (x, columns) in pictures(fixed_z).items():
-                    save_grid(x, out / name / f"{step:07d}.png", columns)
-            nets.train()
-        if keep or last:
-            save(step, config, nets, optimizers, fixed_z)
-        if thin:
-            save(step, config, {"generator": nets["generator"]}, {}, fixed_z, f"snapshots/{step:07d}.pt")
-        if last and signals:
-            tqdm.write(f"stopped after step {step}; go on with --resume {out}", file=sys.stderr)
-            sys.exit(128 + signals[0])
-    for kind, handler in handlers.items():
-        signal.signal(kind, handler)
+    try:
+        for step in range(first + 1, config.steps + 1):
+            if capture and step == first + 4:  # three real steps have made all state that the graph works on
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+                    metrics = iteration()  # recorded, not executed
+                iteration = graph.replay  # a whole step in one call, which renews `metrics` and returns None
+            metrics = iteration() or metrics
+            broken = torch.where(torch.stack([*metrics.values()]).isfinite() | (broken > 0), broken, step)
+            bar.update()
+            last = step == config.steps or bool(signals)
+            log, draw, keep = (step % getattr(config, f"{n}_every") == 0 for n in ("log", "sample", "save"))
+            thin = step * config.snapshots % config.steps < config.snapshots
+            if not (log or draw or keep or thin or last):
+                continue
+            at, name = min(zip(broken.tolist(), metrics, strict=True), key=lambda pair: pair[0] or math.inf)
+            if at:
+                fail(f"{name} was not finite at step {at:.0f}; {out}/checkpoint.pt is from before", code=1)
+            if log:
+                numbers = {name: f"{value:.6g}" for name, value in metrics.items()}
+                with open(out / "metrics.csv", "a") as file:
+                    header = "" if file.tell() else ",".join(["step", *numbers]) + "\n"
+                    file.write(header + ",".join([str(step), *numbers.values()]) + "\n")
+                bar.set_postfix(numbers, refresh=not last)  # the last line is written as the bar closes
+            if draw or last:
+                nets.eval()
+                with torch.no_grad():
+                    for name, (x, columns) in pictures(fixed_z).items():
+                        save_grid(x, out / name / f"{step:07d}.png", columns)
+                nets.train()
+            if keep or last:
+                save(step, config, nets, optimizers, fixed_z)
+            if thin:
+                save(step, config, {"generator": nets["generator"]}, {}, fixed_z, f"snapshots/{step:07d}.pt")
+            if last and signals:
+                tqdm.write(f"stopped after step {step}; go on with --resume {out}", file=sys.stderr)
+                sys.exit(128 + signals[0])
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
 
 
 def save(step, config, nets, optimizers, fixed_z, name="checkpoint.pt"):

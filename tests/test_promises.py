@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -648,9 +649,22 @@ def test_what_may_change_when_a_run_goes_on(model, copied, tmp_path):
 # The script itself
 
 
-def test_signal_handlers_are_put_back(tmp_path):
+@pytest.mark.parametrize("end", ["done", "diverged", "stopped", "bug"])
+def test_signal_handlers_are_put_back(end, tmp_path, monkeypatch):
+    """However a run ends: in a notebook Ctrl-C has to work afterwards."""
+
+    def the_end(step, metrics):
+        if end == "diverged":
+            next(iter(metrics.values())).fill_(math.nan)
+        if end == "stopped":
+            os.kill(os.getpid(), signal.SIGINT)
+        if end == "bug":
+            raise RuntimeError("a bug")
+
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    train(SOLO, *POINTS, "--steps", 1, "--out", tmp_path / "run")
+    meddle(monkeypatch, SOLO, the_end)
+    with suppress(SystemExit, RuntimeError):
+        train(SOLO, *POINTS, "--steps", 1, "--out", tmp_path / "run")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

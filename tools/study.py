@@ -12,7 +12,6 @@ tools.evaluate, each model's spread over its runs and the gradients along them, 
 """
 
 import math
-import signal
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -128,15 +127,13 @@ def prepared(study):
 
 @contextmanager
 def restored():
-    """Afterwards the switches that `run` sets, for good where training diverges, are as before."""
-    kinds, switches = (signal.SIGINT, signal.SIGTERM), (torch.backends.cudnn, torch.backends.cuda.matmul)
-    handlers, before = [*map(signal.getsignal, kinds)], (switches[0].benchmark, switches[1].allow_tf32)
+    """Afterwards the switches that `run` sets are as before, for the evaluation."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, matmul.allow_tf32
     try:
         yield
     finally:
-        switches[0].benchmark, switches[1].allow_tf32 = before
-        for kind, handler in zip(kinds, handlers, strict=True):
-            signal.signal(kind, handler)
+        cudnn.benchmark, matmul.allow_tf32 = before
         if torch.cuda.is_initialized():
             torch.cuda.set_stream(torch.cuda.default_stream())
 
