@@ -12,7 +12,7 @@ with the labels swapped. All three take one step at once, by the gradients of on
 Differs from the paper:
     mlp          --network mlp is the paper's for MNIST, but for 32×32 pixels, in [−1, 1] for E, biases before
                  the norm, and PyTorch's initial weights, of the same spread (0.02 at 1024 units)
-    conv         DCGAN's networks; D: a tower for x, one for z, and an mlp over both
+    conv         DCGAN's networks, weights N(0, 0.02); D: a tower for x, one for z, and an mlp over both
     batch norm   evaluated with running averages; the authors estimate its statistics anew
     decay        step by step; there from epoch to epoch
 
@@ -87,12 +87,9 @@ class Joint(nn.Module):
 
 
 class JointMLP(nn.Sequential):
-    """(x, z) → second([first(x), z]): z adds a linear term to the second of two layers. Without z, x is z.
+    """(x, z) → second([first(x), z]): z adds a linear term to the second of two layers. Without z, x is z."""
 
-    The first layer sees x in [0, 1], so that a pixel that is always black moves none of its weights.
-    """
-
-    def forward(self, x, z=None):
+    def forward(self, x, z=None):  # x in [0, 1]: a pixel that is always black moves no weight of the first
         return self[1](torch.cat([self[0]((x + 1) / 2), x if z is None else z], dim=1))
 
 
@@ -140,8 +137,11 @@ def networks(config):
         joint = JointMLP(mlp(size, units, units, 1)[:-1], to_logit)
     else:
         generator = Generator(shape, z_dim, config.width)
-        encoder = Encoder(shape, z_dim, config.width, norm=False)
-        joint = Joint(Encoder(shape, 2 * units, config.width, norm=False), z_dim, 2 * units)
+        encoder = Encoder(shape, z_dim, config.width, norm=True)
+        joint = Joint(Encoder(shape, 2 * units, config.width, norm=True), z_dim, 2 * units)
+        for weight in nn.ModuleList((generator, encoder, joint)).parameters():
+            if weight.dim() > 1:  # neither a bias nor the gain of a norm
+                nn.init.normal_(weight, 0, 0.02)
     return {"generator": generator, "encoder": nn.Sequential(encoder, Squash()), "discriminator": joint}
 
 

@@ -42,8 +42,8 @@ RULES = {  # T transposed, C convolution, B batch norm, R ReLU, L LeakyReLU, H t
     "dcgan discriminator": "CL(CBL)+C",
     "wgan critic": "CL(CBL)+C",
     "wgan_gp critic": "CL(CL)+C",
-    "bigan encoder": "CL(CL)+FS",
-    "bigan discriminator": "CL(CL)+F[LF]+",
+    "bigan encoder": "CL(CBL)+FS",
+    "bigan discriminator": "CL(CBL)+F[LF]+",
     "wbli critic": "CL(CL)+F[LF]+",
 }
 LETTERS = {nn.ConvTranspose2d: "T", nn.Conv2d: "C", nn.BatchNorm2d: "B", nn.ReLU: "R", nn.Tanh: "H"}
