@@ -203,11 +203,13 @@ def gradient_rows(done):
 
 
 def draw(done, path):
-    """A panel a model: the norms, filtered, along each of its runs, a colour for each learning rate."""
+    """A panel a model, on one scale: filtered norms along its runs, a colour for each learning rate."""
     groups = by_model(done)
     figure, panels = figures.axes(1, len(groups))
     for panel, (model, pairs) in zip(panels, groups.items(), strict=True):
         rates, labels = sorted({run.config.lr for run, _ in pairs}), {}
+        if panel is not panels[0]:
+            panel.sharey(panels[0])
         for run, _ in pairs:
             steps, norms_of = gradients(run)
             for name, norms in norms_of.items():
@@ -216,7 +218,7 @@ def draw(done, path):
                 (line,) = panel.plot(steps, history.filtered(norms), **style)
                 labels.setdefault(f"{name}, learning rate {run.config.lr:g}", line)
         panel.set(xlabel="step", yscale="log", title=f"{model}: norms of the gradients")
-        panel.legend(labels.values(), labels, fontsize="xx-small")
+        panel.legend(labels.values(), labels, fontsize="xx-small", loc="lower right")
     figures.save(figure, path)
 
 
