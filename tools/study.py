@@ -218,7 +218,7 @@ def draw(done, path):
                 (line,) = panel.plot(steps, history.filtered(norms), **style)
                 labels.setdefault(f"{name}, learning rate {run.config.lr:g}", line)
         panel.set(xlabel="step", yscale="log", title=f"{model}: norms of the gradients")
-        panel.legend(labels.values(), labels, fontsize="xx-small", loc="lower right")
+        panel.legend(labels.values(), labels, fontsize="xx-small")
     figures.save(figure, path)
 
 
