@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from common import load_data
 from dcgan import generator_loss, minimax_generator_loss
-from tools import claims
+from tools import claims, study
 from wgan import clip_weights
 
 ROOT = Path(__file__).parents[1]
@@ -197,12 +197,15 @@ def test_a_mistake_is_one_line(flags, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_document():
-    """It names every claim's command and shows its figure; the README names the flags and the document."""
+@pytest.mark.parametrize("tool, names", [("claims", claims.CLAIMS), ("study", study.STUDIES)])
+def test_the_document(tool, names):
+    """It names every command and shows its figure; the README names the flags and the document."""
     document = (ROOT / "docs/claims.md").read_text(encoding="utf-8")
-    for name in claims.CLAIMS:
-        assert f"python -m tools.claims {name}" in document and f"(claims-{name}.png)" in document
-        assert (ROOT / f"docs/claims-{name}.png").stat().st_size < 150_000
+    for name in names:
+        assert f"python -m tools.{tool} {name}" in document and f"({tool}-{name}.png)" in document
+        assert (ROOT / f"docs/{tool}-{name}.png").stat().st_size < 150_000
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    flags = re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / "tools/claims.py").read_text(encoding="utf-8"))
-    assert flags and [flag for flag in [*flags, "docs/claims.md"] if flag not in readme] == []
+    source = (ROOT / f"tools/{tool}.py").read_text(encoding="utf-8")
+    flags = re.findall(r'(?:add_argument|flag)\("(--[a-z-]+)"', source)
+    named = [*flags, f"python -m tools.{tool}", "docs/claims.md"]
+    assert flags and [name for name in named if name not in readme] == []

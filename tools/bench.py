@@ -339,9 +339,8 @@ def main(argv=None):
         parser.error("--sweep times the models alone: it does not go with --baseline")
     if options.json and not Path(options.json).resolve().parent.is_dir():
         parser.error(f"--json {options.json}: there is no such folder")
-    if unknown := [name for name in options.models if name not in model_names()]:
-        parser.error(f"{unknown[0]} is no model file; known are {', '.join(model_names())}")
-    todo = [task for name in options.models or model_names() for task in tasks(name, options)]
+    models = parser.known(options.models, model_names(), "model file")
+    todo = [task for name in models for task in tasks(name, options)]
     for task in tqdm(todo, "measuring", disable=None):
         try:
             results.append(in_a_process(task))

@@ -311,11 +311,10 @@ def main(argv=None):
     parser.add_argument("--seed", type=whole(0), default=0, help="fixes everything random")
     parser.set_defaults(device="cpu")
     options = parser.parse_args(argv)
-    if unknown := [name for name in options.claims if name not in CLAIMS]:
-        parser.error(f"{unknown[0]} is no claim; known are {', '.join(CLAIMS)}")
+    chosen = parser.known(options.claims, CLAIMS, "claim")
     try:
         Path(options.out).mkdir(parents=True, exist_ok=True)
-        for name in options.claims or CLAIMS:
+        for name in chosen:
             check, steps = CLAIMS[name]
             steps, path = options.steps or steps, Path(options.out) / f"claims-{name}.png"
             with seeded(options.seed):

@@ -209,6 +209,12 @@ class Parser(ArgumentParser):
         options.device = torch.device(device)
         return options
 
+    def known(self, chosen, names, kind):
+        """The chosen of these names, all unless any is chosen."""
+        if unknown := [name for name in chosen if name not in names]:
+            self.error(f"{unknown[0]} is no {kind}; known are {', '.join(names)}")
+        return chosen or [*names]
+
     def needs(self, *packages):
         """Stop now, not after minutes, if one of these is not installed."""
         for package in packages:

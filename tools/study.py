@@ -257,11 +257,10 @@ def main(argv=None):
     flag("--data-dir", default="data", help="where data sets are found, downloaded to and cached")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU if any")
     options = parser.parse_args(argv)
-    if unknown := [name for name in options.studies if name not in STUDIES]:
-        parser.error(f"{unknown[0]} is no study; known are {', '.join(STUDIES)}")
+    chosen = parser.known(options.studies, STUDIES, "study")
     parser.needs("matplotlib", "scipy", "sklearn", "torchmetrics")
     try:
-        for name in options.studies or STUDIES:
+        for name in chosen:
             check(STUDIES[name], name, options, parser.complain)
     except (OSError, ValueError) as error:
         parser.error(error)

@@ -71,7 +71,8 @@ def best_of(name, values, real):
     if len(present) < 2 or rule is None or (rule == "data" and real is None):
         return []
     costs = {i: cost(name, values[i], real) for i in present}
-    best = [i for i in present if costs[i] == min(costs.values())]
+    least = min(costs.values())
+    best = [i for i in present if costs[i] == least]
     return [] if len(best) == len(present) else best
 
 
