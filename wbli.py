@@ -1,89 +1,121 @@
 """WBLI — Hua, Liu, Zhang & Dong, "Bidirectional learned inference based on Wasserstein distance", 2020
 J. Hebei University (Nat. Sci.) 40(3):328–336, https://doi.org/10.3969/j.issn.1000-1565.2020.03.015
 
-Generator and encoder minimise the Wasserstein distance of two joint distributions: data with their codes, and
-samples with their z. At zero each is the other's inverse, though no reconstruction term says so:
+Generator and encoder minimise the Wasserstein distance between two joint distributions: data with their
+codes, and samples with their z. At zero each is the other's inverse, though no reconstruction term says so:
 
     min_{G,E} max_F  W = E_x F(x, E(x)) − E_z F(G(z), z)     over 1-Lipschitz F
 
 Differs from the paper: only its abstract is public. It implies this objective; chosen here are
-    networks     DCGAN's, E without batch norm; F: a tower for x, one for z, and an mlp over both
-    constraint   WGAN-GP's penalty, λ 10, on the joint gradient, or with --constraint clip WGAN's weights
-    settings     3 critic steps, batch 64, z 16; Adam 5e-4 (0.5, 0.9); clip: RMSProp 5e-5, c 0.01; points: TOY
+    networks     DCGAN's, E without batch norm; F: a tower for x, one for z, and an mlp over both and over
+                 the product of the two, without which E and G align late
+    constraint   WGAN-GP's penalty on the joint gradient, or with --constraint clip WGAN's clipping, without
+                 the product, whose slope in x grows with z
+    settings     those below; with clip take --lr 5e-5, as WGAN
 
     python wbli.py --width 16 --steps 1000    # minutes on a CPU, without a download
     python wbli.py --dataset mnist
+    python wbli.py --resume runs/wbli-mnist --steps 40000
 """
 
+import csv
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from common import as_float, load_data, sample_batch, save_grid
+
+# Settings
+
+DEFAULTS = {
+    "batch_size": 64,
+    "z_dim": 16,
+    "width": 64,
+    "lr": 5e-4,
+    "critic_steps": 3,
+    "constraint": "gp",
+    "gp_weight": 10,
+    "clip": 0.01,
+}
+ON_POINTS = {"network": "mlp", "z_dim": 2, "lr": 1e-3, "critic_steps": 5, "gp_weight": 1}  # best on grid
+LEAST = {"batch_size": 2, "seed": 0}  # the other numbers have to be above 0
+
+
+def add_flags(flag):
+    """This model's own flags."""
+    flag("--critic-steps", type=int, help="critic updates per generator and encoder update")
+    flag("--constraint", choices=("gp", "clip"), help="what keeps the critic Lipschitz")
+    flag("--gp-weight", type=float, help="λ, the weight of the gradient penalty")
+    flag("--clip", type=float, help="c: with clip, the critic's weights stay in [−c, c]")
+
 
 # Networks
 
 
 def conv_widths(shape, width, growth=2):
-    """Channels of a conv net's layers from the image inwards, one for each halving down to 4×4 pixels."""
+    """Channels of a conv net's layers from the image inwards, one for each halving down to 4×4."""
     layers = max(1, round(math.log2(shape[-1] / 4)))
     if len(shape) != 3 or shape[-1] != 4 * 2**layers:
-        raise ValueError(f"a conv network takes 8, 16, 32, 64, … pixels, not {shape[-1]}; an mlp takes any")
+        raise ValueError(f"--image-size {shape[-1]}: a conv network takes 8, 16, 32, 64, …; an mlp any")
     return [width * growth**i for i in range(layers)]
 
 
 class Generator(nn.Sequential):
-    """z (N, z_dim) → x (N, C, S, S) in [−1, 1]; `plain`: no batch norm and `width` channels everywhere."""
+    """z (N, z_dim) → x (N, C, S, S) in [−1, 1]; `plain`: no batch norm, `width` channels everywhere."""
 
     def __init__(self, shape, z_dim, width, plain=False):
         widths = conv_widths(shape, width, growth=1 if plain else 2)[::-1]
-        layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4)]
+        layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4, bias=plain)]
         for n_in, n_out in pairwise([*widths, shape[0]]):
             layers += [nn.Identity() if plain else nn.BatchNorm2d(n_in), nn.ReLU()]
-            layers += [nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)]
+            layers += [nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1, bias=plain)]
         super().__init__(*layers, nn.Tanh())
 
 
 class Encoder(nn.Sequential):
-    """x (N, C, S, S) → (N, n_out), `width` channels next to the image; `norm`: batch norm behind them."""
+    """x (N, C, S, S) → (N, features), `width` channels next to the image; `norm`: with batch norm."""
 
-    def __init__(self, shape, n_out, width, norm):
+    def __init__(self, shape, features, width, norm):
         widths = conv_widths(shape, width)
         layers = [nn.Conv2d(shape[0], width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for n, m in pairwise(widths):
-            layers += [nn.Conv2d(n, m, 4, stride=2, padding=1)]
-            layers += [nn.BatchNorm2d(m) if norm else nn.Identity(), nn.LeakyReLU(0.2)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(16 * widths[-1], n_out))
+        for n_in, n_out in pairwise(widths):
+            layers += [nn.Conv2d(n_in, n_out, 4, stride=2, padding=1, bias=not norm)]
+            layers += [nn.BatchNorm2d(n_out) if norm else nn.Identity(), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(16 * widths[-1], features))
 
 
 class Joint(nn.Module):
-    """(x, z) → a score (N,), from features of x, of z and, which makes E and G align early, their product."""
+    """(x, z) → a score (N,), from features of x, of z and, unless not wanted, their product."""
 
-    def __init__(self, x_tower, z_dim, units):
+    def __init__(self, x_tower, z_dim, units, product=True):
         super().__init__()
-        self.x_tower, self.z_tower = x_tower, mlp(z_dim, units, units, layers=1)
-        self.head = nn.Sequential(mlp(3 * units, 1, units, layers=2), nn.Flatten(0))
+        self.x_tower, self.z_tower, self.product = x_tower, mlp(z_dim, units, units, layers=1), product
+        self.head = nn.Sequential(mlp((3 if product else 2) * units, 1, units, layers=2), nn.Flatten(0))
 
     def forward(self, x, z):
         a, b = self.x_tower(x), self.z_tower(z)
-        sides = nn.functional.leaky_relu(torch.cat([a, b], dim=1), 0.2)
-        return self.head(torch.cat([sides, a * b], dim=1))
+        sides = [nn.functional.leaky_relu(side, 0.2) for side in (a, b)]
+        return self.head(torch.cat([*sides, a * b] if self.product else sides, dim=1))
 
 
 def mlp(n_in, n_out, units, layers=3, norm=nn.Identity, slope=0.2):
     """(N, …) → (N, n_out) through `layers` hidden layers of LeakyReLU(slope); slope 0 is a ReLU."""
     hidden = [nn.Flatten()]
     for a, b in pairwise([n_in] + [units] * layers):
-        hidden += [nn.Linear(a, b), norm(b), nn.LeakyReLU(slope)]
+        hidden += [nn.Linear(a, b, bias=norm is nn.Identity), norm(b), nn.LeakyReLU(slope)]
     return nn.Sequential(*hidden, nn.Linear(units, n_out))
 
 
@@ -91,12 +123,12 @@ def mlp(n_in, n_out, units, layers=3, norm=nn.Identity, slope=0.2):
 
 
 def critic_loss(f_real, f_fake):
-    """F maximises the W estimate E F(x, E(x)) − E F(G(z), z): minimise its negative. Scores of shape (N,)."""
+    """F maximises the W estimate E F(x, E(x)) − E F(G(z), z): minimise its negative. Scores (N,)."""
     return f_fake.mean() - f_real.mean()
 
 
 def generator_encoder_loss(f_real, f_fake):
-    """G and E minimise E F(x, E(x)) − E F(G(z), z), the W estimate itself. Scores of shape (N,)."""
+    """G and E minimise E F(x, E(x)) − E F(G(z), z), the W estimate itself. Scores (N,)."""
     return f_real.mean() - f_fake.mean()
 
 
@@ -112,7 +144,7 @@ def gradient_penalty(critic, x, z_hat, x_fake, z):
 
 @torch.no_grad()
 def clip_weights(critic, c):
-    """Clip every weight of the critic to [−c, c], in place: bounded weights bound the Lipschitz constant."""
+    """Clip every weight of the critic to [−c, c], in place; this bounds F's slope, but for batch norm."""
     for weight in critic.parameters():
         weight.clamp_(-c, c)
 
@@ -123,15 +155,16 @@ def clip_weights(critic, c):
 def networks(config):
     """{"generator": z → x, "encoder": x → z, "critic": (x, z) → F}; ValueError for a size it cannot take."""
     shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
+    product = config.constraint != "clip"
     if config.network == "mlp":
         norm, squash = (nn.BatchNorm1d, nn.Tanh()) if len(shape) == 3 else (nn.Identity, nn.Identity())
         decoder = mlp(z_dim, size, units, norm=norm, slope=0)
         generator, encoder = nn.Sequential(decoder, squash, nn.Unflatten(1, shape)), mlp(size, z_dim, units)
-        joint = Joint(mlp(size, units, units, layers=1), z_dim, units)
+        joint = Joint(mlp(size, units, units, layers=1), z_dim, units, product)
     else:
         generator = Generator(shape, z_dim, config.width)
         encoder = Encoder(shape, z_dim, config.width, norm=False)
-        joint = Joint(Encoder(shape, 2 * units, config.width, norm=False), z_dim, 2 * units)
+        joint = Joint(Encoder(shape, 2 * units, config.width, norm=False), z_dim, 2 * units, product)
     return {"generator": generator, "encoder": encoder, "critic": joint}
 
 
@@ -155,37 +188,42 @@ def features(nets, x):
     return nn.Sequential(*list(nets["encoder"])[:-1])(x)
 
 
-def train(config, x_train, x_test, saved=None):
-    """Train on x_train, as load_data gives it, into config.out, from the checkpoint `saved` if any."""
-    device = torch.device(config.device)
-    torch.manual_seed(config.seed)
+def build(config, train_set, test_set):
+    """Networks, optimisers, one iteration, and pictures; sets (x, y) as load_data's."""
+    device, n, (x_train, _) = torch.device(config.device), config.batch_size, train_set
     nets = nn.ModuleDict(networks(config)).to(device, memory_format=torch.channels_last)
     generator, encoder, critic = nets["generator"], nets["encoder"], nets["critic"]
-    clip, settings = config.constraint == "clip", {"lr": config.lr, "capturable": device.type == "cuda"}
-    settings |= {"foreach": True} if clip else {"betas": (0.5, 0.9), "fused": True}
-    rule = torch.optim.RMSprop if clip else torch.optim.Adam
+    if config.constraint == "clip":
+        rule, settings = torch.optim.RMSprop, {"foreach": True}
+    else:
+        rule, settings = torch.optim.Adam, {"betas": (0.5, 0.9), "fused": True}
+    settings |= {"lr": config.lr, "capturable": device.type == "cuda"}
     optimizers = {name: rule(net.parameters(), **settings) for name, net in nets.items()}
 
-    def update(loss, *names):  # these networks; the others get no gradient, nor the work of one
+    def update(loss, *names):  # these networks; no gradient is computed for the others
         loss.backward(inputs=[weight for name in names for weight in nets[name].parameters()])
         for name in names:
             optimizers[name].step()
             optimizers[name].zero_grad()
 
     def critic_step():
-        x, z = sample_batch(x_train, config.batch_size, device), draw_z(config.batch_size, config, device)
+        x, z = sample_batch(x_train, n, device), draw_z(n, config, device)
         with torch.no_grad():
             x_fake, z_hat = generator(z), encoder(x)
-        loss = critic_loss(critic(x, z_hat), critic(x_fake, z))
-        penalty = torch.zeros_like(loss) if clip else gradient_penalty(critic, x, z_hat, x_fake, z)
-        update(loss + config.gp_weight * penalty, "critic")
-        if clip:
+        f_real, f_fake = critic(torch.cat([x, x_fake]), torch.cat([z_hat, z])).chunk(2)
+        loss = critic_loss(f_real, f_fake)
+        if config.constraint == "clip":
+            update(loss, "critic")
             clip_weights(critic, config.clip)
+            return {"W": -loss.detach()}
+        penalty = gradient_penalty(critic, x, z_hat, x_fake, z)
+        update(loss + config.gp_weight * penalty, "critic")
         return {"W": -loss.detach(), "penalty": penalty.detach()}
 
     def generator_encoder_step():
-        x, z = sample_batch(x_train, config.batch_size, device), draw_z(config.batch_size, config, device)
-        loss = generator_encoder_loss(critic(x, encoder(x)), critic(generator(z), z))
+        x, z = sample_batch(x_train, n, device), draw_z(n, config, device)
+        f_real, f_fake = critic(x, encoder(x)), critic(generator(z), z)
+        loss = generator_encoder_loss(f_real, f_fake)
         update(loss, "generator", "encoder")
         return {"generator_encoder_loss": loss.detach()}
 
@@ -195,205 +233,299 @@ def train(config, x_train, x_test, saved=None):
         return metrics | generator_encoder_step()
 
     def pictures(z):
-        x = as_float(x_test[: len(z) // 2]).to(device)
+        x = as_float(test_set[0][: len(z) // 2]).to(device)
         pairs = torch.stack([x, generate(nets, encode(nets, x))], dim=1)
         return {"samples": (generate(nets, z), 8), "reconstructions": (pairs, 8)}
 
-    run(config, nets, optimizers, iteration, pictures, saved, device, x_train.is_cuda)
+    return nets, optimizers, iteration, pictures
 
 
-# Running: this model's defaults and flags; from `run` on the same in every model file
+# Running: the loop and the command line, the same in every file
 
-DEFAULTS = {"model": "wbli", "prior": "normal", "batch_size": 64, "z_dim": 16, "width": 64, "lr": 5e-4}
-DEFAULTS |= {"critic_steps": 3, "constraint": "gp", "gp_weight": 10, "clip": 0.01}
-TOY = {"network": "mlp", "z_dim": 2, "lr": 1e-3, "critic_steps": 5, "gp_weight": 1}  # best of ten on grid
-VARIANTS = {"dataset": {"ring": TOY, "grid": TOY, "swissroll": TOY}, "constraint": {"clip": {"lr": 5e-5}}}
-ABOVE = {"batch_size": 1, "seed": -1, "snapshots": -1}  # all numbers have to be above 0, but these
+POINTS = ("ring", "grid", "swissroll")
+MAY_CHANGE = {"data_dir", "steps", "log_every", "sample_every", "save_every"}  # when a run is resumed
+PARTS = {"model", "step", "config", "networks", "optimizers", "rng", "fixed_z"}  # of a checkpoint
 
 
-def add_flags(flag):
-    """The model's own flags."""
-    flag("--critic-steps", type=int, help="critic updates for each generator update")
-    flag("--constraint", choices=("gp", "clip"), help="what keeps the critic Lipschitz")
-    flag("--gp-weight", type=float, help="λ, the weight of the gradient penalty")
-    flag("--clip", type=float, help="c: with clip the critic's weights stay in [−c, c]")
-
-
-def run(config, nets, optimizers, iteration, pictures, saved, device, capture):
-    """Call `iteration` up to config.steps, from `saved` on; log, draw and save into config.out meanwhile."""
-    out, first = Path(config.out), saved["step"] if saved else 0
+def train(config, nets, optimizers, iteration, pictures, saved, capture):
+    """Call `iteration` up to config.steps; log, draw and save into config.out along the way."""
+    out, device, first = Path(config.out), torch.device(config.device), 0
     torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
+    fixed_z = draw_z(64 if len(config.shape) == 3 else 2500, config, device)
     if saved:
-        fixed_z = saved["fixed_z"].to(device)
-        for name, net in nets.items():
-            net.load_state_dict(saved["networks"][name])
-        for name, optimizer in optimizers.items():  # the moments alone: its flags are this device's
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizers"][name]["state"]})
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if device.type == "cuda" and "cuda" in saved["rng"]:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"])
-        if (out / "metrics.csv").exists():  # a killed run logged more than it saved, perhaps half a row
-            rows = [f"{row}\n" for row in (out / "metrics.csv").read_text().split("\n")[:-1]]
-            rows[1:] = [row for row in rows[1:] if int(row.split(",")[0]) <= first]
-            os.truncate(out / "metrics.csv", len("".join(rows)))
-    else:
-        fixed_z = draw_z(64 if len(config.shape) == 3 else 2500, config, device)
-        save(0, config, nets, optimizers, fixed_z)
-        (out / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-    (out / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
-    if capture:  # all work up to here is done, and a graph cannot be captured on the default stream
+        first, fixed_z = restore(saved, nets, optimizers, device)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank > 0:  # process 0 alone logs, draws and saves; the others draw other batches
+        torch.manual_seed(config.seed + first + 10**6 * rank)
+    for weight in nets.parameters():
+        weight.register_post_accumulate_grad_hook(lambda weight: average(weight.grad))
+    if capture:  # a graph cannot be recorded on the default stream
         torch.cuda.set_stream(torch.cuda.Stream())
-    if device.type == "cpu":
-        print("without a GPU: --width 16 --steps 1000 takes minutes, the defaults hours", file=sys.stderr)
-    broken = torch.zeros((), device=device)  # since which step each number is not finite
-    both, signals = (signal.SIGINT, signal.SIGTERM), []  # they end the run, after the running step
-    handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number)) for kind in both}
-    lines = {"mininterval": math.inf, "bar_format": "step {n} of {total} [{elapsed}, {rate_fmt}{postfix}]\n"}
-    bar = tqdm(initial=first, total=config.steps, **({} if sys.stderr.isatty() else lines))
-    try:
-        for step in range(first + 1, config.steps + 1):
-            if capture and step == first + 4:  # three real steps have made all state that the graph works on
-                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
-                    metrics = iteration()  # recorded, not executed
-                iteration = graph.replay  # a whole step in one call, which renews `metrics` and returns None
-            metrics = iteration() or metrics
-            broken = torch.where(torch.stack([*metrics.values()]).isfinite() | (broken > 0), broken, step)
-            bar.update()
+    bad_since = torch.tensor(math.inf, device=device)  # when each number was first not finite
+    bar = trange(first + 1, config.steps + 1, initial=first, total=config.steps, disable=rank > 0 or None)
+    with claim(out, first) if rank == 0 else nullcontext(), noted_signals() as signals:
+        if rank == 0 and not saved:
+            save(0, config, nets, optimizers, fixed_z)
+        for step in bar:
+            set_rate(optimizers, config, step)
+            if capture and step == first + 4:  # three real steps made all that the graph works on
+                iteration = recorded(iteration)
+            metrics = iteration()
+            values = torch.stack(list(metrics.values()))
+            average(values)
+            bad_since = torch.where(values.isfinite(), bad_since, bad_since.clamp(max=step))
             last = step == config.steps or bool(signals)
-            log, draw, keep = (step % getattr(config, f"{n}_every") == 0 for n in ("log", "sample", "save"))
-            thin = step * config.snapshots % config.steps < config.snapshots
-            if not (log or draw or keep or thin or last):
-                continue
-            at, name = min(zip(broken.tolist(), metrics, strict=True), key=lambda pair: pair[0] or math.inf)
-            if at:
-                fail(f"{name} was not finite at step {at:.0f}; {out}/checkpoint.pt is from before", code=1)
+            log = step % config.log_every == 0
+            draw = step % config.sample_every == 0 or last
+            keep = step % config.save_every == 0 or last
+            if rank > 0 or not (log or draw or keep):
+                continue  # the host waits for the device only below
+            bad, name = min(zip(bad_since.tolist(), metrics, strict=True))
+            if bad < math.inf:
+                fail(f"{name} was not finite at step {bad:.0f}; the checkpoint is older", code=1)
             if log:
-                numbers = {name: f"{value:.6g}" for name, value in metrics.items()}
+                numbers = zip(metrics, values.tolist(), strict=True)
+                row = {"step": step} | {name: f"{value:.6g}" for name, value in numbers}
                 with open(out / "metrics.csv", "a") as file:
-                    header = "" if file.tell() else ",".join(["step", *numbers]) + "\n"
-                    file.write(header + ",".join([str(step), *numbers.values()]) + "\n")
-                bar.set_postfix(numbers, refresh=not last)  # the last line is written as the bar closes
-            if draw or last:
+                    table = csv.DictWriter(file, row, lineterminator="\n")
+                    if file.tell() == 0:
+                        table.writeheader()
+                    table.writerow(row)
+                bar.set_postfix(row)
+                if bar.disable:  # there is no terminal
+                    say(", ".join(f"{name} {value}" for name, value in row.items()))
+            if draw:
                 nets.eval()
                 with torch.no_grad():
                     for name, (x, columns) in pictures(fixed_z).items():
                         save_grid(x, out / name / f"{step:07d}.png", columns)
                 nets.train()
-            if keep or last:
+            if keep:
                 save(step, config, nets, optimizers, fixed_z)
-            if thin:
-                save(step, config, {"generator": nets["generator"]}, {}, fixed_z, f"snapshots/{step:07d}.pt")
             if last and signals:
-                tqdm.write(f"stopped after step {step}; go on with --resume {out}", file=sys.stderr)
-                sys.exit(128 + signals[0])
+                fail(f"stopped after step {step}; --resume {out} goes on", code=128 + signals[0])
+
+
+def average(tensor):
+    """Its mean over the processes that torchrun started, in place; nothing without torchrun."""
+    if dist.is_initialized():
+        total = tensor.contiguous()  # one in channels_last cannot be sent as it is
+        dist.all_reduce(total)
+        tensor.copy_(total / dist.get_world_size())
+
+
+def recorded(iteration):
+    """A function that replays `iteration` as a CUDA graph, into the same tensors each time."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        results = iteration()  # recorded, not executed
+
+    def replay():
+        graph.replay()
+        return results
+
+    return replay
+
+
+def set_rate(optimizers, config, step):
+    """The rate until --decay-start; then it falls exponentially, to a hundredth at --decay-end."""
+    late = (step - config.decay_start) / max(1, config.decay_end - config.decay_start)
+    for optimizer in optimizers.values():
+        rate = optimizer.defaults["lr"] * 0.01 ** min(max(late, 0), 1)
+        for group in optimizer.param_groups:
+            if group["capturable"]:  # a graph reads this tensor
+                rate = torch.as_tensor(group["lr"], device=config.device).fill_(rate)
+            group["lr"] = rate
+
+
+@contextmanager
+def noted_signals():
+    """Inside, Ctrl-C and SIGTERM only add their number to this list: each step is finished."""
+    signals, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda kind, frame: signals.append(kind)) for kind in kinds]
+    try:
+        yield signals
     finally:
-        for kind, handler in handlers.items():
+        for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
 
 
-def save(step, config, nets, optimizers, fixed_z, name="checkpoint.pt"):
-    """Replace the checkpoint in one move: killed at any moment, or on a full disk, a whole one is left."""
-    path, rng = Path(config.out, name), {"cpu": torch.get_rng_state()}
-    rng |= {"cuda": torch.cuda.get_rng_state()} if fixed_z.is_cuda else {}
-    saved = {"model": config.model, "step": step, "fixed_z": fixed_z, "rng": rng}
-    saved["config"] = {name: value for name, value in vars(config).items() if name not in ("out", "resume")}
-    saved["networks"] = {name: net.state_dict() for name, net in nets.items()}
-    saved["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(saved, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+def claim(out, step):
+    """Keep other processes out of the run's folder, until the file that this returns is closed."""
+    out.mkdir(parents=True, exist_ok=True)
+    copy = open(out / Path(__file__).name, "a")
+    try:
+        import fcntl
+
+        fcntl.flock(copy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is writing into {out}")
+    except (ImportError, OSError):
+        pass  # neither Windows nor every network drive has such locks
+    shutil.copy(__file__, copy.name)
+    table = out / "metrics.csv"
+    if table.exists():  # a killed run logged more than it saved, perhaps half a row
+        header, *rows = table.read_text("utf-8-sig").splitlines() or [""]
+        whole = [row for row in rows if row.count(",") == header.count(",")]
+        kept = [row for row in whole if int(row.split(",")[0]) <= step]
+        table.write_text("\n".join([header, *kept, ""]) if kept else "")
+    return copy
+
+
+def save(step, config, nets, optimizers, fixed_z):
+    """Replace the checkpoint in one move: after a kill or on a full disk, a whole one is left."""
+    for name, net in nets.items():  # the losses, from before the update, do not show what it broke
+        moments = [value for state in optimizers[name].state.values() for value in state.values()]
+        if not all(tensor.isfinite().all() for tensor in [*net.state_dict().values(), *moments]):
+            fail(f"{name} was not finite after step {step}; the checkpoint is older", code=1)
+    cuda_rng = torch.cuda.get_rng_state() if fixed_z.is_cuda else None
+    saved = {
+        "model": Path(__file__).stem,
+        "step": step,
+        "config": {name: value for name, value in vars(config).items() if name not in ("out", "resume")},
+        "networks": {name: net.state_dict() for name, net in nets.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
+        "fixed_z": fixed_z,
+    }
+    Path(config.out, "config.json").write_text(json.dumps(saved["config"], indent=1) + "\n")
+    path, content = Path(config.out, "checkpoint.pt"), io.BytesIO()
+    torch.save(saved, content)  # into memory: a full disk then raises an OSError, and only that
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    finally:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+
+
+def restore(saved, nets, optimizers, device):
+    """Put back all that the next step depends on; returns the step and the pictures' z."""
+    for name, net in nets.items():
+        net.load_state_dict(saved["networks"][name])
+    for name, optimizer in optimizers.items():  # the moments alone: its settings are this device's
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizers"][name]["state"]})
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if device.type == "cuda" and saved["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    return saved["step"], saved["fixed_z"].to(device)
 
 
 def load_checkpoint(config, argv):
-    """The checkpoint of the run config.resume, and its flags with argv's; ValueError if they disagree."""
-    path = Path(config.resume) / "checkpoint.pt"
+    """The checkpoint of the run config.resume, and its flags with argv's if these fit the run."""
+    path, name = Path(config.resume, "checkpoint.pt"), Path(__file__).name
+    content = io.BytesIO(path.read_bytes())
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if len(saved) != 7 or saved["model"] != config.model:  # `save` writes seven entries
-            raise ValueError
-        flags = saved["config"] | {"out": str(Path(config.resume)), "device": config.device}
-    except Exception as error:  # what a truncated or foreign file raises has no common class
-        raise ValueError(f"{path} is missing, damaged or not of {config.model}.py") from error
+        saved = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises has no common class
+        raise ValueError(f"{path} is damaged") from error
+    if not isinstance(saved, dict) or saved.keys() != PARTS:
+        raise ValueError(f"{path} was not written by {name}")
+    if saved["model"] != Path(__file__).stem:
+        raise ValueError(f"{path} was written by {saved['model']}.py, not by {name}")
+    flags = saved["config"] | {"out": str(path.parent), "device": config.device}
     config = parse_args(argv, flags)
-    for name, value in flags.items():
-        now, free = getattr(config, name), name.endswith("_every") or name in ("data_dir", "snapshots")
-        if now < value if name == "steps" else now != value and not free:
-            raise ValueError(f"--{name.replace('_', '-')} {now}: the run in {config.resume} has {value}")
+    for name in flags.keys() - MAY_CHANGE:
+        if getattr(config, name) != flags[name]:
+            raise ValueError(f"--{name.replace('_', '-')}: {path.parent} has {flags[name]}")
     return saved, config
+
+
+def say(text):
+    """A line on stderr; if its reader has gone, as in `2>&1 | head`, the run goes on without."""
+    try:
+        tqdm.write(str(text), file=sys.stderr)
+    except (AttributeError, OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")
 
 
 def fail(message, code=2):
     """One line on stderr, and out."""
-    tqdm.write(f"{DEFAULTS['model']}.py: error: {message}", file=sys.stderr)
+    say(f"{Path(__file__).name}: {message}")
     sys.exit(code)
 
 
 def parse_args(argv=None, saved=None):
-    """The flags; `saved`, those of the run that is resumed, take the place of the defaults."""
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    """The flags; those not given are the resumed run's, or the model's defaults for these data."""
+    description, path = (__doc__ or "").split("\n")[0], os.path.expanduser
+    parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error, flag = fail, parser.add_argument
-    flag("--dataset", default="glyphs", help="a name (README.md, Data) or a folder of pictures")
-    flag("--data-dir", default="data", help="where data sets are found, downloaded to and cached")
+    flag("--dataset", type=path, default="glyphs", help="a name (docs/data.md) or a folder of pictures")
+    flag("--data-dir", type=path, default="data", help="where data sets are found, downloaded, cached")
     flag("--image-size", type=int, default=32, help="pixels; 8, 16, 32, 64, … for a conv network")
-    flag("--out", help="the run's folder, runs/<model>-<dataset> unless given")
-    flag("--resume", metavar="RUN", help="go on with the run in this folder")
+    flag("--out", type=path, help="the run's folder; runs/<file>-<dataset> unless given")
+    flag("--resume", type=path, metavar="RUN", help="go on with the run in this folder")
     flag("--steps", type=int, default=20000, help="generator updates in all")
-    flag("--batch-size", type=int, help="samples in a batch")
+    flag("--batch-size", type=int, help="samples per batch")
     flag("--z-dim", type=int, help="dimensions of z")
-    flag("--width", type=int, help="channels next to the image; layers of an mlp have 8 × width units")
-    flag("--network", choices=("conv", "mlp"), default="conv", help="kind of all networks")
+    flag("--width", type=int, help="channels next to the image; an mlp's layers have 8 × width units")
+    flag("--network", choices=("conv", "mlp"), default="conv", help="architecture of all networks")
     flag("--lr", type=float, help="learning rate")
+    flag("--decay-start", type=int, default=10**9, help="step from which on the rate falls")
+    flag("--decay-end", type=int, default=10**9, help="step at which it has fallen to a hundredth")
     flag("--seed", type=int, default=0, help="fixes everything random")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU if any")
-    flag("--log-every", type=int, default=50, help="steps from row to row of metrics.csv")
-    flag("--sample-every", type=int, default=500, help="steps from picture to picture")
-    flag("--save-every", type=int, default=1000, help="steps from checkpoint to checkpoint")
-    flag("--snapshots", type=int, default=0, help="copies of the generator to keep, evenly over the run")
+    flag("--log-every", type=int, default=50, help="steps between rows of metrics.csv")
+    flag("--sample-every", type=int, default=500, help="steps between pictures")
+    flag("--save-every", type=int, default=1000, help="steps between checkpoints")
     add_flags(flag)
     parser.set_defaults(**DEFAULTS)
-    chosen = parser.parse_args(argv)
-    for name, changes in VARIANTS.items():
-        parser.set_defaults(**changes.get(getattr(chosen, name), {}))
+    if parser.parse_args(argv).dataset in POINTS:
+        parser.set_defaults(**ON_POINTS)
     parser.set_defaults(**(saved or {}))
     config = parser.parse_args(argv)
     for name, value in vars(config).items():
-        if isinstance(value, int | float) and not ABOVE.get(name, 0) < value < 2**63:
-            fail(f"--{name.replace('_', '-')} {value}: it takes a number above {ABOVE.get(name, 0)}")
+        given, least = f"--{name.replace('_', '-')} {value}", LEAST.get(name, 1e-300)
+        if isinstance(value, int | float) and not least <= value < 2**63:
+            fail(f"{given}: it takes a number {f'from {least} on' if name in LEAST else 'above 0'}")
+        if value in ("", []) or str(value).startswith("~"):  # [] is argparse's for --flag=--
+            fail(f"{given}: this is no value and no path")
     gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     config.device = gpu if config.device == "auto" else config.device
     if config.device not in ("cpu", gpu):
         fail(f"--device {config.device}: PyTorch finds none on this machine")
-    config.out = str(Path(config.out or f"runs/{config.model}-{Path(config.dataset).name}"))
+    config.out = str(Path(config.out or f"runs/{Path(__file__).stem}-{Path(config.dataset).name}"))
     return config
 
 
 def main(argv=None):
-    """Train as the flags say. A user's mistake is one line and exit code 2; a bug keeps its traceback."""
-    config, saved = parse_args(argv), None
+    """Train as the flags say. A user's mistake is one line and exit code 2, a bug a traceback."""
+    config, saved, parts = parse_args(argv), None, None
     try:
         if config.resume:
             saved, config = load_checkpoint(config, argv)
             if saved["step"] >= config.steps:
-                return print(f"{config.out} is finished, with {saved['step']} steps; --steps makes it go on")
-        elif Path(config.out, "checkpoint.pt").exists():
-            raise ValueError(f"{config.out} holds a run: continue it with --resume, or choose another --out")
-        config.shape = [2] if config.dataset in VARIANTS["dataset"] else [3] + 2 * [config.image_size]
-        with torch.device("meta"):  # a size that they cannot take is told before the data are read
+                print(f"{config.out} is finished, at step {saved['step']}; --steps makes it go on")
+                return
+        elif any(Path(config.out).glob("*")):
+            raise ValueError(f"{config.out} is not empty: --resume its run, or name another --out")
+        if dist.is_torchelastic_launched():
+            if config.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()
+            dist.barrier()  # all have seen what was in the folder
+        size, config.classes = config.image_size, 10
+        config.shape = [2] if config.dataset in POINTS else [3, size, size]
+        with torch.device("meta"):  # a size that they cannot take is found before the data are read
             networks(config)
-        x_train, _ = load_data(config.dataset, config.data_dir, "train", config.image_size, config.device)
-        x_test, _ = load_data(config.dataset, config.data_dir, "test", config.image_size, config.device)
-        config.shape = list(x_train.shape[1:])
-    except (KeyboardInterrupt, OSError, ValueError) as error:
-        fail(str(error) or "stopped before the first step")
-    try:
-        train(config, x_train, x_test, saved)
-    except torch.OutOfMemoryError:
-        fail(f"memory of {config.device} is full: take a smaller --batch-size or --width, and another --out")
-    except (KeyboardInterrupt, OSError) as error:  # no place or no right to write
-        fail(f"{str(error) or 'stopped'}; what {config.out} held is whole")
+        x, y = load_data(config.dataset, config.data_dir, "train", size, config.device)
+        test_set = load_data(config.dataset, config.data_dir, "test", size, config.device)
+        config.shape, config.classes = list(x.shape[1:]), 0 if y is None else int(y.max()) + 1
+        if config.device == "cpu":
+            say("without a GPU: --width 16 --steps 1000 takes minutes, the defaults take hours")
+        torch.manual_seed(config.seed)
+        parts = build(config, (x, y), test_set)
+        train(config, *parts, saved, capture=x.is_cuda and not dist.is_initialized())
+    except KeyboardInterrupt:
+        fail("stopped; what was saved is whole", code=130)
+    except (OSError, ValueError) as error:
+        if parts and isinstance(error, ValueError):  # a bug
+            raise
+        fail(error)
+    except (MemoryError, torch.OutOfMemoryError):
+        fail(f"memory of {config.device} is full: take a smaller --batch-size or --width")
 
 
 if __name__ == "__main__":
