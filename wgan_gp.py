@@ -10,7 +10,7 @@ The penalty holds the norm of F's gradient near 1 between data and samples, wher
 estimates the distance itself, too high by a factor of 1 + W/2λ: W is cheap to raise where λ is small.
 
 Differs from the paper:
-    networks   DCGAN's, without batch norm in F, 32 pixels; the authors' MNIST script has none in G and z 128
+    networks   DCGAN's, no batch norm in F, 32 pixels; the authors' for MNIST: none in G, z 128
     β1         0.5, as in the authors' MNIST, CIFAR and toy scripts; 0 in Algorithm 1
     points     z 2, batch 256 and λ 0.1 as in the toy script; its mlps are wider, 512 ReLUs a layer
 
@@ -69,12 +69,12 @@ def conv_widths(shape, width, growth=2):
     """Channels of a conv net's layers from the image inwards, one for each halving down to 4×4."""
     layers = max(1, round(math.log2(shape[-1] / 4)))
     if len(shape) != 3 or shape[-1] != 4 * 2**layers:
-        raise ValueError(f"--image-size {shape[-1]}: a conv network takes 8, 16, 32, 64, …; an mlp any")
+        raise ValueError(f"--image-size {shape[-1]}: conv takes 8, 16, 32, 64, …; --network mlp any")
     return [width * growth**i for i in range(layers)]
 
 
 class Generator(nn.Sequential):
-    """z (N, z_dim) → x (N, C, S, S) in [−1, 1]; `plain`: no batch norm, `width` channels everywhere."""
+    """z (N, z_dim) → x (N, C, S, S) in [−1, 1]; `plain`: `width` channels, no batch norm."""
 
     def __init__(self, shape, z_dim, width, plain=False):
         widths = conv_widths(shape, width, growth=1 if plain else 2)[::-1]
@@ -139,7 +139,7 @@ def gradient_penalty(critic, x, x_fake):
 
 
 def networks(config):
-    """{"generator": z → x, "critic": x → F(x) (N,)}, initialised; ValueError for a size they cannot take."""
+    """{"generator": z → x, "critic": x → F(x)}; ValueError for a size they cannot take."""
     shape, size, units = config.shape, math.prod(config.shape), 8 * config.width
     if (config.generator or config.network) == "mlp":
         squash = nn.Tanh() if len(shape) == 3 else nn.Identity()
@@ -207,7 +207,7 @@ def build(config, train_set, test_set):
 # Running: the loop and the command line, the same in every file
 
 POINTS = ("ring", "grid", "swissroll")
-MAY_CHANGE = {"data_dir", "steps", "log_every", "sample_every", "save_every"}  # when a run is resumed
+MAY_CHANGE = {"data_dir", "steps", "log_every", "sample_every", "save_every"}  # on resuming
 PARTS = {"model", "step", "config", "networks", "optimizers", "rng", "fixed_z"}  # of a checkpoint
 
 
@@ -219,20 +219,20 @@ def train(config, nets, optimizers, iteration, pictures, saved, capture):
     if saved:
         first, fixed_z = restore(saved, nets, optimizers, device)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank > 0:  # process 0 alone logs, draws and saves; the others draw other batches
+    if rank > 0:  # other batches; and only process 0 logs, draws and saves
         torch.manual_seed(config.seed + first + 10**6 * rank)
     for weight in nets.parameters():
         weight.register_post_accumulate_grad_hook(lambda weight: average(weight.grad))
     if capture:  # a graph cannot be recorded on the default stream
         torch.cuda.set_stream(torch.cuda.Stream())
-    bad_since = torch.tensor(math.inf, device=device)  # when each number was first not finite
+    bad_since = torch.tensor(math.inf, device=device)  # step at which a number was not finite
     bar = trange(first + 1, config.steps + 1, initial=first, total=config.steps, disable=rank > 0 or None)
     with claim(out, first) if rank == 0 else nullcontext(), noted_signals() as signals:
         if rank == 0 and not saved:
             save(0, config, nets, optimizers, fixed_z)
         for step in bar:
             set_rate(optimizers, config, step)
-            if capture and step == first + 4:  # three real steps made all that the graph works on
+            if capture and step == first + 4:  # three real steps made all state that it needs
                 iteration = recorded(iteration)
             metrics = iteration()
             values = torch.stack(list(metrics.values()))
@@ -246,7 +246,7 @@ def train(config, nets, optimizers, iteration, pictures, saved, capture):
                 continue  # the host waits for the device only below
             bad, name = min(zip(bad_since.tolist(), metrics, strict=True))
             if bad < math.inf:
-                fail(f"{name} was not finite at step {bad:.0f}; the checkpoint is older", code=1)
+                fail(f"{name} was not finite at step {bad:.0f}; the checkpoint is older", 1)
             if log:
                 numbers = zip(metrics, values.tolist(), strict=True)
                 row = {"step": step} | {name: f"{value:.6g}" for name, value in numbers}
@@ -267,11 +267,11 @@ def train(config, nets, optimizers, iteration, pictures, saved, capture):
             if keep:
                 save(step, config, nets, optimizers, fixed_z)
             if last and signals:
-                fail(f"stopped after step {step}; --resume {out} goes on", code=128 + signals[0])
+                fail(f"stopped after step {step}; --resume {out} goes on", 128 + signals[0])
 
 
 def average(tensor):
-    """Its mean over the processes that torchrun started, in place; nothing without torchrun."""
+    """Its mean over the processes of torchrun, in place; without torchrun nothing."""
     if dist.is_initialized():
         total = tensor.contiguous()  # one in channels_last cannot be sent as it is
         dist.all_reduce(total)
@@ -279,7 +279,7 @@ def average(tensor):
 
 
 def recorded(iteration):
-    """A function that replays `iteration` as a CUDA graph, into the same tensors each time."""
+    """A function that replays `iteration` as a CUDA graph, into the same tensors."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         results = iteration()  # recorded, not executed
@@ -292,7 +292,7 @@ def recorded(iteration):
 
 
 def set_rate(optimizers, config, step):
-    """The rate until --decay-start; then it falls exponentially, to a hundredth at --decay-end."""
+    """The rate falls exponentially from --decay-start, to a hundredth at --decay-end."""
     late = (step - config.decay_start) / max(1, config.decay_end - config.decay_start)
     for optimizer in optimizers.values():
         rate = optimizer.defaults["lr"] * 0.01 ** min(max(late, 0), 1)
@@ -304,7 +304,7 @@ def set_rate(optimizers, config, step):
 
 @contextmanager
 def noted_signals():
-    """Inside, Ctrl-C and SIGTERM only add their number to this list: each step is finished."""
+    """Inside, Ctrl-C and SIGTERM only add their number to this list."""
     signals, kinds = [], (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(kind, lambda kind, frame: signals.append(kind)) for kind in kinds]
     try:
@@ -315,7 +315,7 @@ def noted_signals():
 
 
 def claim(out, step):
-    """Keep other processes out of the run's folder, until the file that this returns is closed."""
+    """Keep other processes out of the run's folder until the returned file is closed."""
     out.mkdir(parents=True, exist_ok=True)
     copy = open(out / Path(__file__).name, "a")
     try:
@@ -337,16 +337,16 @@ def claim(out, step):
 
 
 def save(step, config, nets, optimizers, fixed_z):
-    """Replace the checkpoint in one move: after a kill or on a full disk, a whole one is left."""
-    for name, net in nets.items():  # the losses, from before the update, do not show what it broke
-        moments = [value for state in optimizers[name].state.values() for value in state.values()]
-        if not all(tensor.isfinite().all() for tensor in [*net.state_dict().values(), *moments]):
-            fail(f"{name} was not finite after step {step}; the checkpoint is older", code=1)
+    """Replace the checkpoint in one move: a kill or a full disk leaves a whole one."""
+    for name, net in nets.items():  # losses, from before the update, do not show what it broke
+        moments = [moment for state in optimizers[name].state.values() for moment in state.values()]
+        if not all(part.isfinite().all() for part in [*net.state_dict().values(), *moments]):
+            fail(f"{name} was not finite after step {step}; the checkpoint is older", 1)
     cuda_rng = torch.cuda.get_rng_state() if fixed_z.is_cuda else None
     saved = {
         "model": Path(__file__).stem,
         "step": step,
-        "config": {name: value for name, value in vars(config).items() if name not in ("out", "resume")},
+        "config": {k: v for k, v in vars(config).items() if k not in ("out", "resume")},
         "networks": {name: net.state_dict() for name, net in nets.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
@@ -354,7 +354,7 @@ def save(step, config, nets, optimizers, fixed_z):
     }
     Path(config.out, "config.json").write_text(json.dumps(saved["config"], indent=1) + "\n")
     path, content = Path(config.out, "checkpoint.pt"), io.BytesIO()
-    torch.save(saved, content)  # into memory: a full disk then raises an OSError, and only that
+    torch.save(saved, content)  # to a file, it would not always say OSError on a full disk
     try:
         with open(f"{path}.tmp", "wb") as file:
             file.write(content.getbuffer())
@@ -369,7 +369,7 @@ def restore(saved, nets, optimizers, device):
     """Put back all that the next step depends on; returns the step and the pictures' z."""
     for name, net in nets.items():
         net.load_state_dict(saved["networks"][name])
-    for name, optimizer in optimizers.items():  # the moments alone: its settings are this device's
+    for name, optimizer in optimizers.items():  # the moments alone; settings are this device's
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizers"][name]["state"]})
     torch.set_rng_state(saved["rng"]["cpu"])
     if device.type == "cuda" and saved["rng"]["cuda"] is not None:
@@ -378,7 +378,7 @@ def restore(saved, nets, optimizers, device):
 
 
 def load_checkpoint(config, argv):
-    """The checkpoint of the run config.resume, and its flags with argv's if these fit the run."""
+    """The checkpoint of the run config.resume, and its flags with those of argv that may change."""
     path, name = Path(config.resume, "checkpoint.pt"), Path(__file__).name
     content = io.BytesIO(path.read_bytes())
     try:
@@ -388,7 +388,7 @@ def load_checkpoint(config, argv):
     if not isinstance(saved, dict) or saved.keys() != PARTS:
         raise ValueError(f"{path} was not written by {name}")
     if saved["model"] != Path(__file__).stem:
-        raise ValueError(f"{path} was written by {saved['model']}.py, not by {name}")
+        raise ValueError(f"{path} was written by {saved['model']}.py, not {name}")
     flags = saved["config"] | {"out": str(path.parent), "device": config.device}
     config = parse_args(argv, flags)
     for name in flags.keys() - MAY_CHANGE:
@@ -398,7 +398,7 @@ def load_checkpoint(config, argv):
 
 
 def say(text):
-    """A line on stderr; if its reader has gone, as in `2>&1 | head`, the run goes on without."""
+    """A line on stderr; if its reader has gone (`2>&1 | head`), the run goes on without."""
     try:
         tqdm.write(str(text), file=sys.stderr)
     except (AttributeError, OSError, ValueError):
@@ -412,25 +412,25 @@ def fail(message, code=2):
 
 
 def parse_args(argv=None, saved=None):
-    """The flags; those not given are the resumed run's, or the model's defaults for these data."""
+    """The flags; those not given are the resumed run's or this model's defaults."""
     description, path = (__doc__ or "").split("\n")[0], os.path.expanduser
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error, flag = fail, parser.add_argument
-    flag("--dataset", type=path, default="glyphs", help="a name (docs/data.md) or a folder of pictures")
-    flag("--data-dir", type=path, default="data", help="where data sets are found, downloaded, cached")
-    flag("--image-size", type=int, default=32, help="pixels; 8, 16, 32, 64, … for a conv network")
-    flag("--out", type=path, help="the run's folder; runs/<file>-<dataset> unless given")
-    flag("--resume", type=path, metavar="RUN", help="go on with the run in this folder")
-    flag("--steps", type=int, default=20000, help="generator updates in all")
+    flag("--dataset", type=path, default="glyphs", help="a name or a folder of pictures")
+    flag("--data-dir", type=path, default="data", help="where data sets are kept")
+    flag("--image-size", type=int, default=32, help="pixels; conv: 8, 16, 32, 64, …")
+    flag("--out", type=path, help="runs/<file>-<dataset> unless given")
+    flag("--resume", type=path, metavar="RUN", help="go on with this run")
+    flag("--steps", type=int, default=20000, help="generator updates")
     flag("--batch-size", type=int, help="samples per batch")
     flag("--z-dim", type=int, help="dimensions of z")
-    flag("--width", type=int, help="channels next to the image; an mlp's layers have 8 × width units")
-    flag("--network", choices=("conv", "mlp"), default="conv", help="architecture of all networks")
+    flag("--width", type=int, help="channels next to the image; mlp: 8 × width units")
+    flag("--network", choices=("conv", "mlp"), default="conv", help="kind of networks")
     flag("--lr", type=float, help="learning rate")
-    flag("--decay-start", type=int, default=10**9, help="step from which on the rate falls")
-    flag("--decay-end", type=int, default=10**9, help="step at which it has fallen to a hundredth")
-    flag("--seed", type=int, default=0, help="fixes everything random")
-    flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU if any")
+    flag("--decay-start", type=int, default=10**9, help="step at which it starts to fall")
+    flag("--decay-end", type=int, default=10**9, help="step at which it is a hundredth")
+    flag("--seed", type=int, default=0, help="of everything random")
+    flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU")
     flag("--log-every", type=int, default=50, help="steps between rows of metrics.csv")
     flag("--sample-every", type=int, default=500, help="steps between pictures")
     flag("--save-every", type=int, default=1000, help="steps between checkpoints")
@@ -443,9 +443,9 @@ def parse_args(argv=None, saved=None):
     for name, value in vars(config).items():
         given, least = f"--{name.replace('_', '-')} {value}", LEAST.get(name, 1e-300)
         if isinstance(value, int | float) and not least <= value < 2**63:
-            fail(f"{given}: it takes a number {f'from {least} on' if name in LEAST else 'above 0'}")
+            fail(f"{given} is too {'small' if value < least else 'large'}")
         if value in ("", []) or str(value).startswith("~"):  # [] is argparse's for --flag=--
-            fail(f"{given}: this is no value and no path")
+            fail(f"{given.strip()} is no value")
     gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     config.device = gpu if config.device == "auto" else config.device
     if config.device not in ("cpu", gpu):
@@ -455,16 +455,16 @@ def parse_args(argv=None, saved=None):
 
 
 def main(argv=None):
-    """Train as the flags say. A user's mistake is one line and exit code 2, a bug a traceback."""
+    """Train as the flags say. A user's mistake is one line and exit code 2; a bug, a traceback."""
     config, saved, parts = parse_args(argv), None, None
     try:
         if config.resume:
             saved, config = load_checkpoint(config, argv)
             if saved["step"] >= config.steps:
-                print(f"{config.out} is finished, at step {saved['step']}; --steps makes it go on")
+                print(f"{config.out} is finished, at step {saved['step']}; more --steps go on")
                 return
         elif any(Path(config.out).glob("*")):
-            raise ValueError(f"{config.out} is not empty: --resume its run, or name another --out")
+            raise ValueError(f"{config.out} is not empty: --resume it, or choose another --out")
         if dist.is_torchelastic_launched():
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -472,24 +472,24 @@ def main(argv=None):
             dist.barrier()  # all have seen what was in the folder
         size, config.classes = config.image_size, 10
         config.shape = [2] if config.dataset in POINTS else [3, size, size]
-        with torch.device("meta"):  # a size that they cannot take is found before the data are read
+        with torch.device("meta"):  # a size that they cannot take is found before the data
             networks(config)
         x, y = load_data(config.dataset, config.data_dir, "train", size, config.device)
         test_set = load_data(config.dataset, config.data_dir, "test", size, config.device)
         config.shape, config.classes = list(x.shape[1:]), 0 if y is None else int(y.max()) + 1
         if config.device == "cpu":
-            say("without a GPU: --width 16 --steps 1000 takes minutes, the defaults take hours")
+            say("no GPU: --width 16 --steps 1000 takes minutes, the defaults hours")
         torch.manual_seed(config.seed)
         parts = build(config, (x, y), test_set)
         train(config, *parts, saved, capture=x.is_cuda and not dist.is_initialized())
     except KeyboardInterrupt:
-        fail("stopped; what was saved is whole", code=130)
+        fail("stopped; what was saved is whole", 130)
     except (OSError, ValueError) as error:
         if parts and isinstance(error, ValueError):  # a bug
             raise
         fail(error)
     except (MemoryError, torch.OutOfMemoryError):
-        fail(f"memory of {config.device} is full: take a smaller --batch-size or --width")
+        fail(f"memory of {config.device} is full: take a smaller --batch-size, --width")
 
 
 if __name__ == "__main__":
