@@ -1,4 +1,8 @@
-"""What the tests of the model files share. A test that takes `model` is run for each file it names."""
+"""What the tests share: the models and what each can do, and fixtures that build, start and save them.
+
+A test that takes `model` is run for each file it names; `from conftest import MODELS, having` gives the
+names.
+"""
 
 from importlib import import_module
 from types import SimpleNamespace
@@ -6,7 +10,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tools import sync
+
+MODELS = [name for name in sync.MODELS if (sync.ROOT / f"{name}.py").exists()]
+NEED_LABELS = ["cgan", "semi_gan"]  # they refuse a data set without
+
 torch.set_num_threads(1)  # the nets are tiny, and sums come out the same on every machine
+
+
+def having(*names):
+    """The models with all of these functions or settings: having("encode"), having("critic_steps")."""
+    modules = {model: import_module(model) for model in MODELS}
+    return [
+        model
+        for model, module in modules.items()
+        if all(hasattr(module, name) or name in module.DEFAULTS for name in names)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -35,58 +54,22 @@ def configure(tmp_path):
         dataset = "grid" if list(shape) == [2] else "glyphs"
         small = ["--dataset", dataset, "--z-dim", "5", "--width", "4", "--batch-size", "6", "--device", "cpu"]
         config = model.parse_args([*small, *map(str, flags)])
-        config.shape, config.out = list(shape), str(tmp_path / "run")
+        config.shape = list(shape)
+        config.classes = 25 if dataset == "grid" else 10
+        config.out = str(tmp_path / "run")
         return config
 
     return configure
 
 
-@pytest.fixture
-def start(configure, monkeypatch):
-    """start(model, shape, *flags) → what train() hands to run(): .nets .optimizers .iteration .pictures
+def random_set(n, shape, classes):
+    """n random items as load_data gives them: bytes or points, and balanced labels in random order."""
+    x = torch.randn(n, 2) if list(shape) == [2] else torch.randint(256, (n, *shape), dtype=torch.uint8)
+    return x, random_labels(n, classes)
 
-    Also .config; .x_train and .x_test, random unless given; .draws["z"] and .draws["x"], every batch of
-    draw_z and sample_batch; .initial, the nets' `state`; .updates, for each step of an optimiser (its name,
-    `state` before it, after it).
-    """
 
-    def start(model, shape, *flags, x_train=None, x_test=None):
-        config = configure(model, shape, *flags)
-        if list(shape) == [2]:
-            x_train = torch.randn(50, 2) if x_train is None else x_train
-            x_test = torch.randn(9, 2) if x_test is None else x_test
-        else:
-            x_train = torch.randint(256, (50, *shape), dtype=torch.uint8) if x_train is None else x_train
-            x_test = torch.randint(256, (9, *shape), dtype=torch.uint8) if x_test is None else x_test
-        found = SimpleNamespace(config=config, x_train=x_train, x_test=x_test, updates=[])
-
-        def run(config, nets, optimizers, iteration, pictures, saved, device, capture):
-            vars(found).update(nets=nets, optimizers=optimizers, iteration=iteration, pictures=pictures)
-
-        def recorded(name, batches):
-            function = getattr(model, name)
-
-            def record(*args, **kwargs):
-                batches.append(function(*args, **kwargs))
-                return batches[-1]
-
-            monkeypatch.setattr(model, name, record)
-            return batches
-
-        monkeypatch.setattr(model, "run", run)
-        found.draws = {"z": recorded("draw_z", []), "x": recorded("sample_batch", [])}
-        model.train(config, x_train, x_test)
-        found.initial = state(found.nets)
-        for name, optimizer in found.optimizers.items():
-            optimizer.register_step_pre_hook(
-                lambda *_, name=name: found.updates.append((name, state(found.nets)))
-            )
-            optimizer.register_step_post_hook(
-                lambda *_: found.updates.append((*found.updates.pop(), state(found.nets)))
-            )
-        return found
-
-    return start
+def random_labels(n, classes):
+    return (torch.arange(n) % classes)[torch.randperm(n)] if classes else None
 
 
 def state(nets):
@@ -102,30 +85,88 @@ def state(nets):
 
 
 @pytest.fixture
-def make_run(tmp_path):
-    """make_run(model, shape, *flags, name="run", dataset=None) → the folder of an untrained, tiny run.
+def start(configure, monkeypatch):
+    """start(model, shape, *flags) → what build() returns: .nets .optimizers .iteration .pictures
 
-    Its weights are large enough to tell samples apart, and its batch norms have seen other statistics than
-    0 and 1, so that eval mode can be told from train mode.
+    Also .config; .x_train and .x_test, random unless given, .y_train and .y_test, random and balanced;
+    .draws["z"], .draws["x"] and .draws["y"], every batch of draw_z and sample_batch, those of build()
+    included; .initial, the nets' `state`; .updates, for each step of an optimiser (its name, `state` before
+    it, after it).
     """
 
-    def make_run(model, shape, *flags, name="run", dataset=None):
-        dataset = dataset or ("grid" if list(shape) == [2] else "glyphs")
-        small = ["--dataset", str(dataset), "--image-size", str(shape[-1]), "--z-dim", "4", "--width", "4"]
-        config = model.parse_args([*small, "--device", "cpu", *map(str, flags)])
-        config.shape, out = list(shape), tmp_path / name
+    def start(model, shape, *flags, x_train=None, x_test=None):
+        config = configure(model, shape, *flags)
+        train_set = random_set(50, shape, config.classes)
+        test_set = random_set(9, shape, config.classes)
+        if x_train is not None:
+            train_set = x_train, random_labels(len(x_train), config.classes)
+        if x_test is not None:
+            test_set = x_test, random_labels(len(x_test), config.classes)
+        found = SimpleNamespace(config=config, updates=[], draws={"z": [], "x": [], "y": []})
+        found.x_train, found.y_train = train_set
+        found.x_test, found.y_test = test_set
+        draw_z, sample_batch = model.draw_z, model.sample_batch
+
+        def drawn_z(*args, **kwargs):
+            z = draw_z(*args, **kwargs)
+            found.draws["z"].append(z)
+            return z
+
+        def drawn_batch(*args, **kwargs):
+            batch = sample_batch(*args, **kwargs)
+            if isinstance(batch, tuple):
+                found.draws["x"].append(batch[0])
+                found.draws["y"].append(batch[1])
+            else:
+                found.draws["x"].append(batch)
+            return batch
+
+        monkeypatch.setattr(model, "draw_z", drawn_z)
+        monkeypatch.setattr(model, "sample_batch", drawn_batch)
         torch.manual_seed(config.seed)
-        nets = torch.nn.ModuleDict(model.networks(config))
+        parts = model.build(config, train_set, test_set)
+        found.nets, found.optimizers, found.iteration, found.pictures = parts
+        found.initial = state(found.nets)
+        for name, optimizer in found.optimizers.items():
+            optimizer.register_step_pre_hook(
+                lambda *_, name=name: found.updates.append((name, state(found.nets)))
+            )
+            optimizer.register_step_post_hook(
+                lambda *_: found.updates.append((*found.updates.pop(), state(found.nets)))
+            )
+        return found
+
+    return start
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(model, shape, *flags, name="run", dataset=None, classes=None) → a tiny untrained run's folder.
+
+    The model's own build() and save() make it, as if at step 7. Its weights are large enough to tell samples
+    apart, and its batch norms have seen other statistics than 0 and 1, so that eval mode can be told from
+    train mode.
+    """
+
+    def make_run(model, shape, *flags, name="run", dataset=None, classes=None):
+        dataset = dataset or ("grid" if list(shape) == [2] else "glyphs")
+        small = ["--dataset", dataset, "--image-size", shape[-1], "--z-dim", 4, "--width", 4]
+        small += ["--device", "cpu", "--out", tmp_path / name]
+        config = model.parse_args([str(flag) for flag in (*small, *flags)])
+        config.shape = list(shape)
+        if classes is None:
+            classes = {"grid": 25, "ring": 8, "swissroll": 0}.get(dataset, 10)
+        config.classes = classes
+        sets = [random_set(50, shape, classes) for _ in range(2)]
+        torch.manual_seed(config.seed)
+        nets, optimizers, _, _ = model.build(config, *sets)
         with torch.no_grad():
             for weight in (p for p in nets["generator"].parameters() if p.dim() > 1):
                 weight.normal_(0, 0.5)
             model.generate(nets, model.draw_z(16, config, torch.device("cpu")))
-        kept = {key: value for key, value in vars(config).items() if key not in ("out", "resume")}
-        saved = {"model": config.model, "step": 7, "config": kept, "optimizers": {}, "rng": {}}
-        saved["networks"] = {key: net.state_dict() for key, net in nets.items()}
-        saved["fixed_z"] = model.draw_z(4, config, torch.device("cpu"))
-        out.mkdir()
-        torch.save(saved, out / "checkpoint.pt")
-        return out
+        fixed_z = model.draw_z(4, config, torch.device("cpu"))
+        model.claim(tmp_path / name, step=0).close()
+        model.save(7, config, nets, optimizers, fixed_z)
+        return tmp_path / name
 
     return make_run
