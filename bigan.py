@@ -83,7 +83,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, shape, z_dim, width, plain=False):
         widths = conv_widths(shape, width, growth=1 if plain else 2)[::-1]
-        layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4, bias=plain)]
+        layers = [nn.Unflatten(1, (-1, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4, bias=plain)]
         for n_in, n_out in pairwise([*widths, shape[0]]):
             layers += [nn.Identity() if plain else nn.BatchNorm2d(n_in), nn.ReLU()]
             layers += [nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1, bias=plain)]
@@ -91,7 +91,7 @@ class Generator(nn.Sequential):
 
 
 class Encoder(nn.Sequential):
-    """x (N, C, S, S) → (N, features), `width` channels next to the image; `norm`: with batch norm."""
+    """x (N, C, S, S) → (N, features), `width` channels next to the image; `norm`: batch norm."""
 
     def __init__(self, shape, features, width, norm):
         widths = conv_widths(shape, width)
@@ -103,17 +103,22 @@ class Encoder(nn.Sequential):
 
 
 class Joint(nn.Module):
-    """(x, z) → a score (N,), from features of x, of z and, unless not wanted, their product."""
+    """(x, z) → a score (N,), from features of x, of z and, if `product`, from their product."""
 
     def __init__(self, x_tower, z_dim, units, product=True):
         super().__init__()
-        self.x_tower, self.z_tower, self.product = x_tower, mlp(z_dim, units, units, layers=1), product
-        self.head = nn.Sequential(mlp((3 if product else 2) * units, 1, units, layers=2), nn.Flatten(0))
+        self.x_tower = x_tower
+        self.z_tower = mlp(z_dim, units, units, layers=1)
+        self.product = product
+        parts = 3 if product else 2
+        self.head = nn.Sequential(mlp(parts * units, 1, units, layers=2), nn.Flatten(0))
 
     def forward(self, x, z):
         a, b = self.x_tower(x), self.z_tower(z)
-        sides = [nn.functional.leaky_relu(side, 0.2) for side in (a, b)]
-        return self.head(torch.cat([*sides, a * b] if self.product else sides, dim=1))
+        parts = [nn.functional.leaky_relu(side, 0.2) for side in (a, b)]
+        if self.product:
+            parts.append(a * b)
+        return self.head(torch.cat(parts, dim=1))
 
 
 class GeneratorMLP(nn.Module):

@@ -14,7 +14,6 @@ Differs from the paper:
 
     python dcgan.py --dataset mnist
     python dcgan.py --dataset path/to/pictures --image-size 64
-    python dcgan.py --dataset grid --steps 5000
     python dcgan.py --resume runs/dcgan-mnist --steps 40000
 """
 
@@ -77,7 +76,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, shape, z_dim, width, plain=False):
         widths = conv_widths(shape, width, growth=1 if plain else 2)[::-1]
-        layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4, bias=plain)]
+        layers = [nn.Unflatten(1, (-1, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4, bias=plain)]
         for n_in, n_out in pairwise([*widths, shape[0]]):
             layers += [nn.Identity() if plain else nn.BatchNorm2d(n_in), nn.ReLU()]
             layers += [nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1, bias=plain)]

@@ -82,7 +82,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, shape, z_dim, width, plain=False):
         widths = conv_widths(shape, width, growth=1 if plain else 2)[::-1]
-        layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4, bias=plain)]
+        layers = [nn.Unflatten(1, (-1, 1, 1)), nn.ConvTranspose2d(z_dim, widths[0], 4, bias=plain)]
         for n_in, n_out in pairwise([*widths, shape[0]]):
             layers += [nn.Identity() if plain else nn.BatchNorm2d(n_in), nn.ReLU()]
             layers += [nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1, bias=plain)]
@@ -90,7 +90,7 @@ class Generator(nn.Sequential):
 
 
 class Encoder(nn.Sequential):
-    """x (N, C, S, S) → (N, features), `width` channels next to the image; `norm`: with batch norm."""
+    """x (N, C, S, S) → (N, features), `width` channels next to the image; `norm`: batch norm."""
 
     def __init__(self, shape, features, width, norm):
         widths = conv_widths(shape, width)
