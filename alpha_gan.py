@@ -1,8 +1,9 @@
-"""α-GAN — Rosca et al., "Variational Approaches for Auto-Encoding Generative Adversarial Networks", 2017
+"""α-GAN — Rosca, Lakshminarayanan, Warde-Farley & Mohamed, "Variational Approaches for
+Auto-Encoding Generative Adversarial Networks", 2017, https://arxiv.org/abs/1706.04987
 
-Rosca, Lakshminarayanan, Warde-Farley & Mohamed, https://arxiv.org/abs/1706.04987. Variational inference of an
-auto-encoder, its densities replaced by discriminators: D tells data from reconstructions and samples, C the
-prior from codes. Each network minimises its own loss, with R(d) = −log d + log(1 − d) for a density ratio:
+Variational inference of an auto-encoder, its densities replaced by discriminators: D tells data
+from reconstructions and samples, C the prior from codes. Each network minimises a loss of its own,
+with R(d) = −log d + log(1 − d) in the place of a density ratio:
 
     E   λ|x − G(E(x))| + R(C(E(x)))
     G   λ|x − G(E(x))| + R(D(G(E(x)))) + R(D(G(z)))
@@ -10,14 +11,14 @@ prior from codes. Each network minimises its own loss, with R(d) = −log d + lo
     C   −log C(z) − log(1 − C(E(x)))
 
 Differs from the paper, or from others' code where they do not agree:
-    labels of C   the prior is real; reversed in the first arXiv version, an error as its authors confirmed
-    loss of D     its terms weigh 1 : 1 : 1, as in code that follows the paper; 2 : 1 : 1 in other code
+    labels of C   the prior is real; the first arXiv version swaps them, an error, say its authors
+    loss of D     its terms weigh 1 : 1 : 1, as in code that follows the paper; elsewhere 2 : 1 : 1
     λ             20, of a mean over pixels and channels, as others' 1 … 40; the likelihood has a sum
     updates       E, G, D, C, each on a batch of its own; some code updates G twice
-    batch norm    none in C, as in others' code; in E, since its codes start too small for C without; G takes
-                  codes and z in one batch, since in two it would hide by how much they differ
-    settings      z 16, batch 64, Adam 5e-4 (0.5, 0.9), C as wide as the mlps, 3 layers; others' z 50 (MNIST)
-                  and 128 (colour), Adam 1e-4 … 1e-3 (0.5, 0.9), C of 2 … 3 layers of 700 … 750 units
+    batch norm    none in C, as in others' code; in E, whose codes otherwise start too small for C;
+                  G takes codes and z in one batch, since two would hide by how much they differ
+    settings      z 16, batch 64, Adam 5e-4, C of 3 layers as wide as the mlps; others have z 50
+                  (MNIST) and 128 (colour), Adam 1e-4 … 1e-3, C of 2 … 3 layers of 700 … 750 units
 
     python alpha_gan.py --width 16 --steps 1000    # minutes on a CPU, without a download
     python alpha_gan.py --dataset mnist
@@ -135,7 +136,7 @@ def neg_log_ratio(logit):
 
 
 def reconstruction_error(x, x_rec):
-    """E |x − G(E(x))|, a mean over pixels and channels too: a larger image does not weigh more."""
+    """E |x − G(E(x))|, a mean over pixels and channels, too: an image's size has no weight."""
     return (x - x_rec).abs().mean()
 
 
@@ -164,19 +165,26 @@ def code_discriminator_loss(c_prior, c_code):
 
 
 def networks(config):
-    """{"generator": z → x, "encoder": x → z, "discriminator": x → logit, "code_discriminator": z → logit}."""
-    shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
+    """The four networks by name: G z → x, E x → z, D x → logit (N,), C z → logit (N,); or ValueError."""
+    shape, size = config.shape, math.prod(config.shape)
+    z_dim, units = config.z_dim, 8 * config.width
     if config.network == "mlp":
-        norm, squash = (nn.BatchNorm1d, nn.Tanh()) if len(shape) == 3 else (nn.Identity, nn.Identity())
+        image = len(shape) == 3
+        norm, squash = (nn.BatchNorm1d, nn.Tanh()) if image else (nn.Identity, nn.Identity())
         decoder = mlp(z_dim, size, units, norm=norm, slope=0)
-        generator, encoder = nn.Sequential(decoder, squash, nn.Unflatten(1, shape)), mlp(size, z_dim, units)
+        generator = nn.Sequential(decoder, squash, nn.Unflatten(1, shape))
+        encoder = mlp(size, z_dim, units)
         discriminator = nn.Sequential(mlp(size, 1, units), nn.Flatten(0))
     else:
         generator = Generator(shape, z_dim, config.width).apply(init_weights)
         encoder = Encoder(shape, z_dim, config.width, norm=True)
         discriminator = Discriminator(shape, config.width, norm=True).apply(init_weights)
-    nets = {"generator": generator, "encoder": encoder, "discriminator": discriminator}
-    return nets | {"code_discriminator": nn.Sequential(mlp(z_dim, 1, units), nn.Flatten(0))}
+    return {
+        "generator": generator,
+        "encoder": encoder,
+        "discriminator": discriminator,
+        "code_discriminator": nn.Sequential(mlp(z_dim, 1, units), nn.Flatten(0)),
+    }
 
 
 def draw_z(n, config, device):
@@ -204,7 +212,8 @@ def build(config, train_set, test_set):
     device, n, (x_train, _) = torch.device(config.device), config.batch_size, train_set
     nets = nn.ModuleDict(networks(config)).to(device, memory_format=torch.channels_last)
     generator, encoder, discriminator, code_discriminator = nets.values()
-    settings = {"lr": config.lr, "betas": (0.5, 0.9), "fused": True, "capturable": device.type == "cuda"}
+    settings = {"betas": (0.5, 0.9), "fused": True}
+    settings |= {"lr": config.lr, "capturable": device.type == "cuda"}
     optimizers = {name: torch.optim.Adam(net.parameters(), **settings) for name, net in nets.items()}
 
     def update(loss, *names):  # these networks; no gradient is computed for the others
@@ -220,7 +229,8 @@ def build(config, train_set, test_set):
         x, z = sample_batch(x_train, n, device), draw_z(n, config, device)
         z_hat = encoder(x)
         x_rec, _ = decode(z_hat, z)
-        update(encoder_loss(x, x_rec, code_discriminator(z_hat), config.rec_weight), "encoder")
+        c_code = code_discriminator(z_hat)
+        update(encoder_loss(x, x_rec, c_code, config.rec_weight), "encoder")
         return {"reconstruction": reconstruction_error(x, x_rec.detach())}
 
     def generator_step():

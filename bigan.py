@@ -1,22 +1,24 @@
 """BiGAN — Donahue, Krähenbühl & Darrell, "Adversarial Feature Learning", 2017
 https://arxiv.org/abs/1605.09782; the same objective as ALI's, https://arxiv.org/abs/1606.00704
 
-The discriminator tells two joint distributions apart: data with their codes, and samples with their z. Where
-it cannot, generator and encoder are each other's inverse, though no reconstruction term says so:
+The discriminator tells two joint distributions apart: data with their codes, and samples with
+their z. Where it cannot, generator and encoder are each other's inverse, though no reconstruction
+term says so:
 
     min_{G,E} max_D  V = E_x log D(x, E(x)) + E_z log(1 − D(G(z), z))
 
-D is the sigmoid of the discriminator's logit. G and E minimise −E log(1 − D(x, E(x))) − E log D(G(z), z), V
-with the labels swapped. All three take one step at once, by the gradients of one forward pass.
+D is the sigmoid of the discriminator's logit. G and E minimise V with the labels swapped,
+−E log(1 − D(x, E(x))) − E log D(G(z), z). All three take one step at once, by the gradients of one
+forward pass.
 
 Differs from the paper:
-    mlp          the paper's for MNIST, for 32×32 pixels, in [−1, 1] for E; the nine layers have biases where
-                 no norm follows, the authors' have none; PyTorch's initial weights, of the same spread but
-                 for G's z layer (0.08, theirs 0.02)
-    conv         DCGAN's networks, weights N(0, 0.02); D: a tower for x, one for z, and an mlp over both and
-                 over the product of the two, which makes E and G align; the authors feed z into every layer
-    losses       sums of the two terms; the authors' are half of that, so that their weight decay of 2.5e-5
-                 weighs as much as 5e-5 here
+    mlp          the paper's for MNIST, for 32×32 pixels, which E takes in [−1, 1]; layers without
+                 batch norm have biases, the authors' have none; PyTorch's initial weights, of the
+                 same spread but for G's z layer (0.08, theirs 0.02)
+    conv         DCGAN's networks, weights N(0, 0.02); D has a tower for x, one for z, and an mlp
+                 over both and their product, which makes E and G align; theirs has z in every layer
+    losses       sums of two terms; the authors' are half of that, which makes their weight decay of
+                 2.5e-5 one of 5e-5 here
     batch norm   evaluated with running averages; the authors estimate its statistics anew
     decay        step by step; theirs from epoch to epoch
 
@@ -122,17 +124,18 @@ class Joint(nn.Module):
 
 
 class GeneratorMLP(nn.Module):
-    """z (N, z_dim) → x (N, *shape) in [−1, 1]: two layers of `units`, and z enters the second one, too."""
+    """z (N, z_dim) → x (N, *shape) in [−1, 1]: two layers of `units`; z enters both of them."""
 
     def __init__(self, shape, z_dim, units, norm, squash):
         super().__init__()
-        self.first = mlp(z_dim, units, units, 1, norm, 0)[:-1]
-        self.second = nn.Sequential(mlp(units + z_dim, math.prod(shape), units, 1, norm, 0), squash)
-        self.shape = shape
+        size = math.prod(shape)
+        self.first = mlp(z_dim, units, units, layers=1, norm=norm, slope=0)[:-1]
+        second = mlp(units + z_dim, size, units, layers=1, norm=norm, slope=0)
+        self.second = nn.Sequential(second, squash, nn.Unflatten(1, shape))
 
     def forward(self, z):
         hidden = self.first(z)
-        return self.second(torch.cat([hidden, z], dim=1)).unflatten(1, self.shape)
+        return self.second(torch.cat([hidden, z], dim=1))
 
 
 class JointMLP(nn.Module):
@@ -140,8 +143,9 @@ class JointMLP(nn.Module):
 
     def __init__(self, size, z_dim, units, norm):
         super().__init__()
-        self.first = mlp(size, units, units, 1)[:-1]
-        self.second = nn.Sequential(mlp(units + z_dim, 1, units, 1, norm), nn.Flatten(0))
+        self.first = mlp(size, units, units, layers=1)[:-1]
+        second = mlp(units + z_dim, 1, units, layers=1, norm=norm)
+        self.second = nn.Sequential(second, nn.Flatten(0))
 
     def forward(self, x, z):
         hidden = self.first((x + 1) / 2)  # in [0, 1] a pixel that is always black moves no weight
@@ -167,12 +171,12 @@ def mlp(n_in, n_out, units, layers=3, norm=nn.Identity, slope=0.2):
 
 
 def discriminator_loss(d_real, d_fake):
-    """D maximises V = E log D(x, E(x)) + E log(1 − D(G(z), z)): minimise its negative. Logits (N,)."""
+    """D maximises V, E log D(x, E(x)) + E log(1 − D(G(z), z)): minimise −V. Logits (N,)."""
     return F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
 
 
 def generator_encoder_loss(d_real, d_fake):
-    """G and E minimise −E log(1 − D(x, E(x))) − E log D(G(z), z), with swapped labels. Logits (N,)."""
+    """G and E minimise −E log(1 − D(x, E(x))) − E log D(G(z), z): labels swapped. Logits (N,)."""
     return F.softplus(d_real).mean() + F.softplus(-d_fake).mean()
 
 
@@ -180,23 +184,26 @@ def generator_encoder_loss(d_real, d_fake):
 
 
 def networks(config):
-    """{"generator": z → x, "encoder": x → z, "discriminator": (x, z) → D}; ValueError for a wrong size."""
-    shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
+    """{"generator": z → x, "encoder": x → z, "discriminator": (x, z) → logit}; or ValueError."""
+    shape, size = config.shape, math.prod(config.shape)
+    z_dim, units = config.z_dim, 16 * config.width  # the paper's 1024
     if config.network == "mlp":
-        units = 2 * units  # the paper's 1024
         bare = partial(nn.BatchNorm1d, affine=False)  # without gain and bias
         norm, squash = (bare, Squash()) if len(shape) == 3 else (nn.Identity, nn.Identity())
         generator = GeneratorMLP(shape, z_dim, units, norm, squash)
-        encoder = nn.Sequential(*mlp(size, units, units, 1)[:-1], *mlp(units, z_dim, units, 1, norm))
+        first = mlp(size, units, units, layers=1)[:-1]  # without norm
+        encoder = nn.Sequential(*first, *mlp(units, z_dim, units, layers=1, norm=norm))
         joint = JointMLP(size, z_dim, units, norm)
     else:
         generator = Generator(shape, z_dim, config.width)
         encoder = Encoder(shape, z_dim, config.width, norm=True)
-        joint = Joint(Encoder(shape, 2 * units, config.width, norm=True), z_dim, 2 * units)
+        x_tower = Encoder(shape, units, config.width, norm=True)
+        joint = Joint(x_tower, z_dim, units)
         for weight in nn.ModuleList((generator, encoder, joint)).parameters():
             if weight.dim() > 1:  # neither a bias nor the gain of a norm
                 nn.init.normal_(weight, 0, 0.02)
-    return {"generator": generator, "encoder": nn.Sequential(encoder, Squash()), "discriminator": joint}
+    encoder = nn.Sequential(encoder, Squash())
+    return {"generator": generator, "encoder": encoder, "discriminator": joint}
 
 
 def draw_z(n, config, device):
@@ -224,8 +231,8 @@ def build(config, train_set, test_set):
     device, n, (x_train, _) = torch.device(config.device), config.batch_size, train_set
     nets = nn.ModuleDict(networks(config)).to(device, memory_format=torch.channels_last)
     generator, encoder, discriminator = nets["generator"], nets["encoder"], nets["discriminator"]
-    settings = {"lr": config.lr, "betas": (0.5, 0.999), "fused": True, "capturable": device.type == "cuda"}
-    settings["weight_decay"] = config.weight_decay
+    settings = {"betas": (0.5, 0.999), "weight_decay": config.weight_decay, "fused": True}
+    settings |= {"lr": config.lr, "capturable": device.type == "cuda"}
     optimizers = {name: torch.optim.Adam(net.parameters(), **settings) for name, net in nets.items()}
 
     def update(loss, *names):  # these networks; no gradient is computed for the others
@@ -239,7 +246,8 @@ def build(config, train_set, test_set):
         d_real, d_fake = discriminator(x, encoder(x)), discriminator(generator(z), z)
         d_loss = discriminator_loss(d_real, d_fake)
         loss = generator_encoder_loss(d_real, d_fake)
-        d_loss.backward(inputs=list(discriminator.parameters()), retain_graph=True)  # before any update
+        # All gradients are taken before the weights that they go through are updated.
+        d_loss.backward(inputs=list(discriminator.parameters()), retain_graph=True)
         update(loss, "generator", "encoder")
         optimizers["discriminator"].step()
         optimizers["discriminator"].zero_grad()

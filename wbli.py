@@ -1,16 +1,17 @@
 """WBLI — Hua, Liu, Zhang & Dong, "Bidirectional learned inference based on Wasserstein distance", 2020
 J. Hebei University (Nat. Sci.) 40(3):328–336, https://doi.org/10.3969/j.issn.1000-1565.2020.03.015
 
-Generator and encoder minimise the Wasserstein distance between two joint distributions: data with their
-codes, and samples with their z. At zero each is the other's inverse, though no reconstruction term says so:
+Generator and encoder minimise the Wasserstein distance between two joint distributions: data with
+their codes, and samples with their z. At zero each is the other's inverse, though no reconstruction
+term says so:
 
     min_{G,E} max_F  W = E_x F(x, E(x)) − E_z F(G(z), z)     over 1-Lipschitz F
 
 Differs from the paper: only its abstract is public. It implies this objective; chosen here are
-    networks     DCGAN's, E without batch norm; F: a tower for x, one for z, and an mlp over both and over
-                 the product of the two, without which E and G align late
-    constraint   WGAN-GP's penalty on the joint gradient, or with --constraint clip WGAN's clipping, without
-                 the product, whose slope in x grows with z
+    networks     DCGAN's, E without batch norm; F has a tower for x, one for z, and an mlp over both
+                 and their product, without which E and G align late
+    constraint   WGAN-GP's penalty on the joint gradient; with --constraint clip WGAN's clipping,
+                 and no product, whose slope in x grows with z
     settings     those below; with clip take --lr 5e-5, as WGAN
 
     python wbli.py --width 16 --steps 1000    # minutes on a CPU, without a download
@@ -50,7 +51,7 @@ DEFAULTS = {
     "gp_weight": 10,
     "clip": 0.01,
 }
-ON_POINTS = {"network": "mlp", "z_dim": 2, "lr": 1e-3, "critic_steps": 5, "gp_weight": 1}  # best on grid
+ON_POINTS = {"network": "mlp", "z_dim": 2, "lr": 1e-3, "critic_steps": 5, "gp_weight": 1}
 LEAST = {"batch_size": 2, "seed": 0}  # the other numbers have to be above 0
 
 
@@ -128,7 +129,7 @@ def mlp(n_in, n_out, units, layers=3, norm=nn.Identity, slope=0.2):
 
 
 def critic_loss(f_real, f_fake):
-    """F maximises the W estimate E F(x, E(x)) − E F(G(z), z): minimise its negative. Scores (N,)."""
+    """F maximises the W estimate, E F(x, E(x)) − E F(G(z), z): minimise −W. Scores (N,)."""
     return f_fake.mean() - f_real.mean()
 
 
@@ -138,18 +139,23 @@ def generator_encoder_loss(f_real, f_fake):
 
 
 def gradient_penalty(critic, x, z_hat, x_fake, z):
-    """E (‖∇F(x̂, ẑ)‖₂ − 1)², the gradient by both, at (x̂, ẑ) = ε(x, E(x)) + (1 − ε)(G(z), z), ε ~ U[0, 1]."""
+    """E (‖∇F(x̂, ẑ)‖₂ − 1)², the norm of the gradient by x̂ and ẑ together.
+
+    (x̂, ẑ) = ε(x, E(x)) + (1 − ε)(G(z), z) with one ε ~ U[0, 1] per sample, for x and z alike.
+    """
     epsilon = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
     x_mixed = (epsilon * x + (1 - epsilon) * x_fake).detach().requires_grad_()
-    z_mixed = (epsilon.flatten(1) * z_hat + (1 - epsilon.flatten(1)) * z).detach().requires_grad_()
-    gradients = torch.autograd.grad(critic(x_mixed, z_mixed).sum(), (x_mixed, z_mixed), create_graph=True)
-    norms = torch.linalg.vector_norm(torch.cat([part.flatten(1) for part in gradients], dim=1), dim=1)
+    epsilon = epsilon.flatten(1)
+    z_mixed = (epsilon * z_hat + (1 - epsilon) * z).detach().requires_grad_()
+    f_mixed = critic(x_mixed, z_mixed).sum()
+    by_x, by_z = torch.autograd.grad(f_mixed, (x_mixed, z_mixed), create_graph=True)
+    norms = torch.linalg.vector_norm(torch.cat([by_x.flatten(1), by_z], dim=1), dim=1)
     return (norms - 1).square().mean()
 
 
 @torch.no_grad()
 def clip_weights(critic, c):
-    """Clip the critic's weights to [−c, c], in place, which bounds F's slope, but for batch norm."""
+    """Clip the critic's weights to [−c, c], in place. This bounds F's slope, but for batch norm."""
     for weight in critic.parameters():
         weight.clamp_(-c, c)
 
@@ -158,18 +164,22 @@ def clip_weights(critic, c):
 
 
 def networks(config):
-    """{"generator": z → x, "encoder": x → z, "critic": (x, z) → F}; ValueError for a size it cannot take."""
-    shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
+    """{"generator": z → x, "encoder": x → z, "critic": (x, z) → F(x, z)}; or ValueError."""
+    shape, size = config.shape, math.prod(config.shape)
+    z_dim, units = config.z_dim, 8 * config.width
     product = config.constraint != "clip"
     if config.network == "mlp":
-        norm, squash = (nn.BatchNorm1d, nn.Tanh()) if len(shape) == 3 else (nn.Identity, nn.Identity())
+        image = len(shape) == 3
+        norm, squash = (nn.BatchNorm1d, nn.Tanh()) if image else (nn.Identity, nn.Identity())
         decoder = mlp(z_dim, size, units, norm=norm, slope=0)
-        generator, encoder = nn.Sequential(decoder, squash, nn.Unflatten(1, shape)), mlp(size, z_dim, units)
+        generator = nn.Sequential(decoder, squash, nn.Unflatten(1, shape))
+        encoder = mlp(size, z_dim, units)
         joint = Joint(mlp(size, units, units, layers=1), z_dim, units, product)
     else:
         generator = Generator(shape, z_dim, config.width)
         encoder = Encoder(shape, z_dim, config.width, norm=False)
-        joint = Joint(Encoder(shape, 2 * units, config.width, norm=False), z_dim, 2 * units, product)
+        x_tower = Encoder(shape, 2 * units, config.width, norm=False)
+        joint = Joint(x_tower, z_dim, 2 * units, product)
     return {"generator": generator, "encoder": encoder, "critic": joint}
 
 

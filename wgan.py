@@ -129,7 +129,7 @@ def generator_loss(f_fake):
 
 @torch.no_grad()
 def clip_weights(critic, c):
-    """Clip the critic's weights to [−c, c], in place, which bounds F's slope, but for batch norm."""
+    """Clip the critic's weights to [−c, c], in place. This bounds F's slope, but for batch norm."""
     for weight in critic.parameters():
         weight.clamp_(-c, c)
 
