@@ -5,9 +5,9 @@ from inspect import signature
 import numpy as np
 import torch
 
-from tools import history
 from tools.runs import codes, draw_z, in_batches, probabilities
 
+WINDOW = 101  # rows of the WGAN paper's median filter
 SCORES = ("critic", "discriminator")  # networks whose level sets are drawn, if they see x alone
 
 
@@ -24,6 +24,18 @@ def save(figure, path):
     figure.savefig(path, dpi=110)
 
 
+def window(rows):
+    """The filter's window: WINDOW rows or, so that a curve stays a curve, the odd number below a tenth."""
+    return min(WINDOW, max(1, (rows // 10 - 1) | 1))
+
+
+def filtered(values):
+    """The running median of a column, as long as it; at its ends the first and last value are repeated."""
+    from scipy.ndimage import median_filter
+
+    return median_filter(values, size=window(len(values)), mode="nearest") if len(values) else values
+
+
 def curves(columns_of, path):
     """A panel for each logged quantity, with a filtered curve for each run: {run: {quantity: array}}."""
     names = list(dict.fromkeys(name for columns in columns_of.values() for name in columns if name != "step"))
@@ -32,25 +44,11 @@ def curves(columns_of, path):
     for name, panel in zip(names, panels, strict=False):
         for i, (label, columns) in enumerate(columns_of.items()):
             if name in columns:
-                panel.plot(columns["step"], history.filtered(columns[name]), color=f"C{i % 10}", label=label)
+                panel.plot(columns["step"], filtered(columns[name]), color=f"C{i % 10}", label=label)
         panel.set(title=name, xlabel="step")
         panel.legend(fontsize="x-small")
     for panel in panels[len(names) :]:
         panel.remove()
-    save(figure, path)
-
-
-def along(points_of, fid, path):
-    """For each run the FID of its snapshots over steps and, on an axis of its own, what it estimated."""
-    figure, panels = axes(1, len(points_of))
-    for panel, (label, points) in zip(panels, points_of.items(), strict=True):
-        (name,) = points.keys() - {"step", "fid"}
-        other = panel.twinx()
-        lines = panel.plot(points["step"], points["fid"], "o-", color="C0", label=fid)
-        lines += other.plot(points["step"], points[name], "s--", color="C1", label=name)
-        panel.set(title=label, xlabel="step", ylabel=fid)
-        other.set_ylabel(name)
-        panel.legend(handles=lines, fontsize="x-small")
     save(figure, path)
 
 
@@ -85,13 +83,13 @@ def ticks(classes):
 
 
 def heat_map(run, data, path):
-    """The matrix E[q(k|x) | label]: a row for each label."""
+    """The mean of classify() over the items of each label, a row."""
     q = probabilities(run, data.x_test)
     matrix = torch.stack([q[data.y_test == label].mean(0) for label in range(data.classes)]).nan_to_num()
     figure, (panel,) = axes(width=5, height=4.5)
     image = panel.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
-    figure.colorbar(image, label="mean of q(k|x)")
-    panel.set(xlabel="component k", ylabel="label", title=run.path.name)
+    figure.colorbar(image, label="mean probability")
+    panel.set(xlabel="class, code or component", ylabel="label", title=run.path.name)
     panel.set(xticks=range(matrix.shape[1]), yticks=ticks(data.classes))
     save(figure, path)
 

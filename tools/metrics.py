@@ -54,7 +54,9 @@ def class_shares(labels, classes):
 
 def entropy(shares):
     """−Σ p log p in nats: at most the logarithm of their number."""
-    return math.fsum(p * math.log(1 / p) for p in shares if p > 0)
+    from scipy.stats import entropy
+
+    return float(entropy(shares))
 
 
 def ms_ssim_scales(size):
@@ -127,10 +129,14 @@ def nearest_mode(points, centres):
 
 
 def covered_modes(points, centres, std):
-    """(modes with at least one high-quality sample, share of those: within 3 std of the nearest mode)."""
+    """(modes with a high-quality sample, share of those samples, KL of their modes to uniform in nats).
+
+    A sample is of high quality within 3 std of the nearest mode; without any, the KL is nan.
+    """
     index, distance = nearest_mode(points, centres)
     good = distance <= 3 * std
-    return len(index[good].unique()), good.double().mean().item()
+    modes, divergence = covered_classes(index[good], len(centres)) if good.any() else (0, math.nan)
+    return modes, good.double().mean().item(), divergence
 
 
 def covered_classes(labels, classes):
@@ -145,13 +151,6 @@ def covered_classes(labels, classes):
 def mean_absolute_error(x, y):
     """Per value: of pictures in units of their range [−1, 1], of points in their own."""
     return (as_float(x) - as_float(y)).abs().mean(dtype=torch.float64).item()
-
-
-def standardised(train, test):
-    """Both shifted and scaled so that each dimension of `train` has mean 0 and variance 1, if it varies."""
-    mean, std = train.mean(0), train.std(0)
-    scale = torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
-    return (train - mean) / scale, (test - mean) / scale
 
 
 def nearest_neighbour_accuracy(train, y_train, test, y_test, device="cpu"):
@@ -171,13 +170,15 @@ def nearest_neighbour_accuracy(train, y_train, test, y_test, device="cpu"):
 def linear_probe_accuracy(train, y_train, test, y_test):
     """Test accuracy of a multinomial logistic regression on the train items, standardised."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     if len(y_train.unique()) == 1:
         return (y_test == y_train[0]).double().mean().item()
-    train, test = standardised(train, test)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="sklearn")  # not converged: said where PROBE is explained
-        probe = LogisticRegression(**PROBE).fit(train.numpy(), y_train.numpy())
+        probe = make_pipeline(StandardScaler(), LogisticRegression(**PROBE))
+        probe.fit(train.numpy(), y_train.numpy())
     return float(probe.score(test.numpy(), y_test.numpy()))
 
 

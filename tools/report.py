@@ -1,7 +1,11 @@
 """The report of an evaluation: Markdown and figures in one folder."""
 
+from contextlib import suppress
+
+import numpy as np
+
 from common import as_float, save_grid
-from tools import figures, history, tables
+from tools import figures, tables
 from tools.runs import draw_z, samples
 
 PROJECTED = 1000  # test items, and as many draws from the prior, in the UMAP of a mixture
@@ -40,21 +44,13 @@ def section(folder, prefix, data, done):
         cells.append((label, f"![samples of {label}]({file})"))
     parts.append(side_by_side(cells))
 
-    curves = {label: history.read_metrics(run.path) for label, run in zip(labels, runs, strict=True)}
+    curves = {label: read_metrics(run.path) for label, run in zip(labels, runs, strict=True)}
     curves = {label: columns for label, columns in curves.items() if columns and len(columns["step"])}
     if curves:
-        windows = sorted({history.window(len(columns["step"])) for columns in curves.values()})
+        windows = sorted({figures.window(len(columns["step"])) for columns in curves.values()})
         rows = " to ".join(str(size) for size in dict.fromkeys([windows[0], windows[-1]]))
         text = f"Learning curves, through a median filter of {rows} rows of metrics.csv"
         figure("curves", lambda path: figures.curves(curves, path), text)
-    along = {label: r["along"] for label, r in zip(labels, results, strict=True) if "along" in r}
-    if along:
-        fid = tables.title("fid", data.name)
-        text = (
-            f"{fid} of the snapshots and, filtered, what the run logged; the estimate and {fid} fall together"
-        )
-        text += " where the rank correlation in the table is near 1"
-        figure("snapshots", lambda path: figures.along(along, fid, path), text)
     for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
         if not run.images and (score := figures.score_of(run)):
             x = samples(run, draw_z(run, 1000, data.options.seed), 1000)
@@ -62,12 +58,30 @@ def section(folder, prefix, data, done):
             figure(
                 f"levels-{i:02d}", lambda path, run=run, x=x: figures.levels(run, data.x_test, x, path), text
             )
-        if run.images and data.labelled and run.has("component_probabilities"):
-            text = f"{label}: mean of q(k|x) over the test items of each label"
+        if run.images and data.labelled and run.has("classify"):
+            text = f"{label}: mean probabilities over the test items of each label"
             figure(f"heat-{i:02d}", lambda path, run=run: figures.heat_map(run, data, path), text)
+        if run.images and data.labelled and run.has("classify") and run.has("encode"):
             text = f"{label}: UMAP of {PROJECTED} test items, coloured by label, and as many z of the prior"
             figure(f"umap-{i:02d}", lambda path, run=run: figures.umap(run, data, PROJECTED, path), text)
     return parts
+
+
+def read_metrics(path):
+    """{column: float array} of the run's metrics.csv, "step" first; {} if there is none.
+
+    Rows that are not whole, as another program or a full disk may leave them, are left out.
+    """
+    file = path / "metrics.csv"
+    if not file.exists():
+        return {}
+    header, *lines = file.read_text("utf-8-sig", errors="replace").splitlines() or [""]
+    header, rows = header.split(","), []
+    for line in lines:
+        with suppress(ValueError):
+            rows.append([float(cell) for cell in line.split(",")])
+    whole = [row for row in rows if len(row) == len(header)]
+    return dict(zip(header, np.array(whole).reshape(-1, len(header)).T, strict=True))
 
 
 def side_by_side(cells, columns=4):

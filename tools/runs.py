@@ -1,16 +1,14 @@
-"""What the tools share: their command lines, opening a run, drawing from it.
+"""Opening a run and drawing from it.
 
 A run is used through the public names of its model file alone, so that a new model needs no change here.
 A user's mistake raises ValueError or OSError with one sentence that says what to do.
 """
 
 import re
-import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
@@ -20,18 +18,18 @@ from torch import nn
 from tqdm import tqdm
 
 from common import as_float, load_data
+from tools.flags import memory_is_full
 
 ROOT = Path(__file__).resolve().parents[1]
-DIGITS = ("mnist", "glyphs", "color_mnist", "stacked_mnist")  # sets whose classes are digits
-CHECKPOINT = {"model", "step", "config", "networks", "fixed_z"}  # what the tools read of one
-CONFIG = ("shape", "prior", "dataset", "data_dir", "image_size", "seed")  # and of its flags
+CHECKPOINT = {"model": str, "step": int, "config": dict, "networks": dict}  # what the tools read of one
 
 
 @dataclass
 class Run:
-    """An opened run: its folder, model file, flags, step and networks, which are in eval mode on `device`."""
+    """An opened run; `name` is that of its model file, the networks are in eval mode on `device`."""
 
     path: Path
+    name: str
     model: ModuleType
     config: Namespace
     step: int
@@ -44,17 +42,24 @@ class Run:
         return len(self.config.shape) == 3
 
     def has(self, name):
-        """Whether the model file has this public function: `encode`, `component_probabilities`, …"""
+        """Whether the model file has this public function: `encode`, `classify`, …"""
         return hasattr(self.model, name)
 
     @property
-    def components(self):
-        """The number of components of the prior; 0 if its z cannot be drawn from one of them."""
-        if "component" not in signature(self.model.draw_z).parameters:
+    def labels(self):
+        """How many classes, codes or components samples can be asked for; 0 if draw_z takes no label."""
+        if "label" not in signature(self.model.draw_z).parameters:
             return 0
+        if not self.has("classify"):
+            return self.config.classes
         x = torch.zeros(1, *self.config.shape, device=self.device)
         with torch.no_grad():
-            return self.model.component_probabilities(self.nets, x).shape[1]
+            return self.model.classify(self.nets, x).shape[1]
+
+    @property
+    def conditional(self):
+        """Whether the labels that samples can be asked for are the data's: they need no classify() then."""
+        return self.labels > 0 and not self.has("classify")
 
 
 # Opening
@@ -68,21 +73,25 @@ def model_names():
 
 def open_run(path, device):
     """The run in this folder, as its checkpoint has it."""
-    saved, path = load_checkpoint(path), Path(path)
-    model = import_module(saved["model"])
+    path, device = Path(path), torch.device(device)
+    saved = load_checkpoint(path)
+    name = saved["model"]
+    model = import_module(name)
     try:
         config = Namespace(**saved["config"])
-        for name in CONFIG:
-            getattr(config, name)
-        nets = fresh_networks(model, config, device)
-        for name, net in nets.items():
-            net.load_state_dict(saved["networks"][name])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")
-        raise ValueError(
-            f"{path} does not fit {model.__name__}.py as it is here ({reason}); the run's own copy does"
-        ) from error
-    return Run(path, model, config, saved["step"], nets, torch.device(device))
+        run = Run(path, name, model, config, saved["step"], fresh_networks(model, config, device), device)
+        for key, net in run.nets.items():
+            net.load_state_dict(saved["networks"][key])
+        made = samples(run, draw_z(run, 2, seed=0), 2).shape[1:]  # as a trial
+        if not (made == (*config.shape,) and isinstance(config.dataset, str) and config.image_size > 0):
+            raise ValueError(f"its samples are {tuple(made)}")
+    except Exception as error:  # what wrong contents raise has no common class
+        if memory_is_full(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
+        advice = f"does not fit {name}.py as it is here ({reason}); the run's own copy may"
+        raise ValueError(f"{path} {advice}") from error
+    return run
 
 
 def load_checkpoint(path):
@@ -91,9 +100,10 @@ def load_checkpoint(path):
     if not file.is_file():
         raise ValueError(f"{path} holds no run: it has no checkpoint.pt")
     saved = load_tensors(file)
-    if not isinstance(saved, dict) or not saved.keys() >= CHECKPOINT:
+    if not isinstance(saved, dict) or any(type(saved.get(key)) is not of for key, of in CHECKPOINT.items()):
         raise ValueError(f"{file} is not the checkpoint of a run")
-    if saved["model"] not in (known := model_names()):
+    known = model_names()
+    if saved["model"] not in known:
         raise ValueError(f"{file} is of a model called {saved['model']!r}; known are {', '.join(known)}")
     return saved
 
@@ -113,10 +123,19 @@ def fresh_networks(model, config, device):
     return nets.to(device, memory_format=torch.channels_last).eval()
 
 
-def load_split(run, split, data_dir=None):
+def load_split(run, split, data_dir):
     """x and y of a split of the run's data, as load_data gives them, on the host."""
     config = run.config
-    return load_data(config.dataset, data_dir or config.data_dir, split, config.image_size, "cpu")
+    before = getattr(config, "data_dir", data_dir)
+    try:
+        x, y = load_data(config.dataset, data_dir, split, config.image_size, "cpu")
+    except (OSError, ValueError) as error:
+        hint = "" if before == data_dir else f" (the run had --data-dir {before})"
+        raise ValueError(f"{error}{hint}") from error
+    if list(x.shape[1:]) != list(config.shape):
+        found, learnt = ("×".join(map(str, shape)) for shape in (x.shape[1:], config.shape))
+        raise ValueError(f"{config.dataset} has items of {found}, but {run.path} has learnt {learnt}")
+    return x, y
 
 
 # Drawing
@@ -131,9 +150,9 @@ def seeded(seed):
         yield
 
 
-def draw_z(run, n, seed, component=None):
+def draw_z(run, n, seed, label=None):
     """n draws from the run's prior, on the host: they depend on the seed, not on device or batch size."""
-    chosen = {} if component is None else {"component": component}
+    chosen = {} if label is None else {"label": label}
     with seeded(seed):
         return run.model.draw_z(n, run.config, torch.device("cpu"), **chosen)
 
@@ -156,14 +175,16 @@ def samples(run, z, batch_size, task=None):
 def reconstructions(run, x, batch_size, task=None):
     """G(E(x)) of x as a data set has it, in the same form."""
     model, nets = run.model, run.nets
-    return in_batches(
-        lambda x: as_data(model.generate(nets, model.encode(nets, x))), x, batch_size, run.device, task
-    )
+
+    def reconstructed(x):
+        return as_data(model.generate(nets, model.encode(nets, x)))
+
+    return in_batches(reconstructed, x, batch_size, run.device, task)
 
 
 def probabilities(run, x):
-    """q(k|x) of x as a data set has it: (N, K)."""
-    return in_batches(lambda x: run.model.component_probabilities(run.nets, x), x, 500, run.device)
+    """What classify() gives for x as a data set has it: (N, K)."""
+    return in_batches(lambda x: run.model.classify(run.nets, x), x, 500, run.device)
 
 
 def codes(run, x):
@@ -174,71 +195,3 @@ def codes(run, x):
 def as_data(x):
     """The inverse of common.as_float, as save_grid rounds: −1 ↦ 0, 1 ↦ 255; points stay as they are."""
     return x if x.dim() == 2 else ((x + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-# Command lines
-
-
-class Parser(ArgumentParser):
-    """A parser with the flags that the tools share; a mistake is one line on stderr and exit code 2."""
-
-    def __init__(self, tool, description):
-        super().__init__(
-            prog=f"python -m tools.{tool}",
-            description=description,
-            formatter_class=ArgumentDefaultsHelpFormatter,
-        )
-        self.tool, self.failed = tool, False
-
-    def add_shared(self, batch_size):
-        """The flags at the end of every tool's."""
-        self.add_argument("--seed", type=whole(0), default=0, help="fixes everything random")
-        self.add_argument("--batch-size", type=whole(1), default=batch_size, help="items at a time")
-        self.add_argument("--data-dir", help="where the data lie, if no longer where the run found them")
-        self.add_argument(
-            "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU if any"
-        )
-
-    def parse_args(self, argv=None):
-        """The flags, `device` as a torch.device."""
-        options = super().parse_args(argv)
-        gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-        device = gpu if options.device == "auto" else options.device
-        if device not in ("cpu", gpu):
-            self.error(f"--device {device}: PyTorch finds none on this machine")
-        options.device = torch.device(device)
-        return options
-
-    def known(self, chosen, names, kind):
-        """The chosen of these names, all unless any is chosen."""
-        if unknown := [name for name in chosen if name not in names]:
-            self.error(f"{unknown[0]} is no {kind}; known are {', '.join(names)}")
-        return chosen or [*names]
-
-    def needs(self, *packages):
-        """Stop now, not after minutes, if one of these is not installed."""
-        for package in packages:
-            if find_spec(package) is None:
-                self.error(f"{package} is missing: pip install -r requirements-dev.txt")
-
-    def complain(self, message):
-        """One line on stderr; `failed` is true from now on."""
-        message, self.failed = " ".join(str(message).split()), True
-        tqdm.write(f"tools.{self.tool}: error: {message}", file=sys.stderr)
-
-    def error(self, message):
-        """One line on stderr, and out."""
-        self.complain(message)
-        sys.exit(2)
-
-
-def whole(least):
-    """A type of argparse: a whole number from `least` on."""
-
-    def number(text):
-        if not least <= int(text) < 2**63:
-            raise ValueError
-        return int(text)
-
-    number.__name__ = f"whole number from {least}"
-    return number

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from tools.runs import DIGITS
-
+DIGITS = ("mnist", "glyphs", "color_mnist", "stacked_mnist")  # sets whose classes are digits
 # What two runs may differ in and still count as the same but for the seed.
-FREE = {"seed", "device", "data_dir", "out", "resume", "log_every", "sample_every", "save_every", "snapshots"}
+FREE = {"seed", "device", "data_dir", "out", "resume", "log_every", "sample_every", "save_every"}
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,12 @@ METRICS = {
     "probe_z": Metric("probe z", ".2%", "higher"),
     "probe_features": Metric("probe features", ".2%", "higher"),
     "probe_untrained": Metric("probe untrained", ".2%", None),
+    "asked": Metric("asked", ".1%", "higher"),
+    "asked_worst": Metric("asked, worst class", ".1%", "higher"),
+    "accuracy": Metric("accuracy", ".1%", "higher"),
     "matching": Metric("matching", ".1%", "higher"),
     "nmi": Metric("NMI", ".3f", "higher"),
     "least_used": Metric("least used", ".1%", "higher"),
-    "rank_correlation": Metric("rank corr.", ".2f", None),
 }
 
 
@@ -97,15 +98,16 @@ def labels_of(runs):
 
 
 def rows(done):
-    """The table as lists of strings: its head, a row for each run, means over seeds, real data, raw pixels.
+    """The table as lists of strings: its head, a row for each run, means over seeds, what to compare with.
 
     done: [(run, its evaluation)], all on the same data.
     """
     labels, results = labels_of([run for run, _ in done]), [result for _, result in done]
     dataset = results[0]["dataset"]
-    references = {name: found for result in results for name, found in result["references"].items() if found}
     used = [name for name in METRICS if any(name in result["metrics"] for result in results)]
-    same = seeds([vars(run.config) | {"step": run.step} for run, _ in done])
+    references = {name: found for result in results for name, found in result["references"].items()}
+    references = {name: found for name, found in references.items() if found.keys() & used}
+    same = seeds([vars(run.config) | {"model": run.name, "step": run.step} for run, _ in done])
     steps = [str(result["step"]) for result in results]
     means = [f"mean of {len(group)}: {labels[group[0]]} …" for group in same]
     columns = [["run", *labels, *means, *references]]
@@ -163,8 +165,8 @@ def markdown(table):
 
 def caption(result):
     """What the numbers of a table rest on, in a line or two."""
-    settings, n = result["settings"], f"{result['n']} samples, seed {result['seed']}"
-    parts = [f"{result['dataset']}: {n}"]
+    settings = result["settings"]
+    parts = [f"{result['dataset']}, {result['split']} split: {result['n']} samples, seed {result['seed']}"]
     if "classifier" in settings:
         kind = "digit classifier" if settings["classifier"]["of"] == "digits" else "classifier"
         parts.append(f"{kind} with {settings['classifier']['test_accuracy']:.2%} test accuracy")
