@@ -4,7 +4,9 @@ A test that takes `model` is run for each file it names; `from conftest import M
 names.
 """
 
+import csv
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from tools import sync
 
 MODELS = [name for name in sync.MODELS if (sync.ROOT / f"{name}.py").exists()]
 NEED_LABELS = ["cgan", "semi_gan"]  # they refuse a data set without
+SOLO = MODELS[0]  # for what only the run part does, which is the same everywhere
 
 torch.set_num_threads(1)  # the nets are tiny, and sums come out the same on every machine
 
@@ -26,6 +29,49 @@ def having(*names):
         for model, module in modules.items()
         if all(hasattr(module, name) or name in module.DEFAULTS for name in names)
     ]
+
+
+def run_main(model, *flags):
+    """`python model.py flags`, in this process."""
+    import_module(model).main([str(flag) for flag in flags])
+
+
+def run_stops(code, model, *flags):
+    """run_main, which has to end with this exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        run_main(model, *flags)
+    assert stopped.value.code == code
+
+
+def checkpoint(out):
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+
+
+def rows(out):
+    """metrics.csv as dictionaries."""
+    return list(csv.DictReader((Path(out) / "metrics.csv").read_text().splitlines()))
+
+
+def files(folder):
+    """{path: bytes, or None for a folder} of everything below a folder."""
+    below = Path(folder).rglob("*")
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in below}
+
+
+def differences(a, b, where=""):
+    """The places at which two checkpoints are not the same to the bit."""
+    if type(a) is not type(b):
+        return [f"{where}: {type(a)} {type(b)}"]
+    if isinstance(a, dict):
+        keys = [f"{where}: {list(a)} {list(b)}"] if list(a) != list(b) else []
+        common = a.keys() & b.keys()
+        return keys + [d for key in common for d in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, list | tuple) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [d for i, pair in pairs for d in differences(*pair, f"{where}/{i}")]
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    return [] if a == b else [f"{where}: {a} {b}"]
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +203,7 @@ def make_run(tmp_path):
         if classes is None:
             classes = {"grid": 25, "ring": 8, "swissroll": 0}.get(dataset, 10)
         config.classes = classes
-        sets = [random_set(50, shape, classes) for _ in range(2)]
+        sets = [random_set(200, shape, classes) for _ in range(2)]
         torch.manual_seed(config.seed)
         nets, optimizers, _, _ = model.build(config, *sets)
         with torch.no_grad():
