@@ -123,6 +123,16 @@ def fresh_networks(model, config, device):
     return nets.to(device, memory_format=torch.channels_last).eval()
 
 
+def load_sets(config):
+    """Training and test set, each (x, y), for a model file's flags, which learn their shape and classes."""
+    where = {"data_dir": config.data_dir, "image_size": config.image_size, "device": config.device}
+    train_set, test_set = (load_data(config.dataset, split=split, **where) for split in ("train", "test"))
+    x, y = train_set
+    config.shape = list(x.shape[1:])
+    config.classes = 0 if y is None else int(y.max()) + 1
+    return train_set, test_set
+
+
 def load_split(run, split, data_dir):
     """x and y of a split of the run's data, as load_data gives them, on the host."""
     config = run.config
