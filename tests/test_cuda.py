@@ -1,209 +1,193 @@
-"""The iteration as a CUDA graph: how the loop records and replays it, and, on a GPU, that nothing changes."""
+"""What only a GPU can show: that graphs can be recorded, that nothing waits, that memory does not grow.
 
-import contextlib
+python -m pytest -m cuda tests/test_cuda.py
+"""
+
 import csv
+from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import MODELS, random_set
+from test_device import KINDS
 from torch.testing import assert_close
 
 import common
-from tools.bench import recorded
 
-ROOT = Path(__file__).parents[1]
-ALL = ("dcgan", "wgan", "wgan_gp", "bigan", "wbli", "gm_wae", "alpha_gan")
-MODELS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
-TINY = ["--width", "4", "--z-dim", "8", "--batch-size", "8"]
-
-each = pytest.mark.parametrize("model", MODELS, indirect=True)
-without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def on_gpu(test):
-    return pytest.mark.cuda(without_gpu(test))
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore"),  # PyTorch's, about TF32 and operators that are not deterministic
+]
+TWO_RULES = ["dcgan", "wgan"]  # Adam and RMSProp; what the run part does is the same in every file
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
-# The loop, with stand-ins for the graph
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    """Two runs differ by little, and what a run switches on is switched off afterwards."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_stream(torch.cuda.default_stream())
 
 
 @pytest.fixture
-def recorder(monkeypatch):
-    """Stands in for CUDA: what is called under `torch.cuda.graph` is recorded, and replay() runs it again."""
-    seen = SimpleNamespace(streams=[], events=[], now=None)
+def replays(monkeypatch):
+    """A list that grows by one with each replay of a graph."""
+    replay, seen = torch.cuda.CUDAGraph.replay, []
 
-    class Graph:
-        def replay(self):
-            seen.events.append("replay")
-            for name, value in seen.step().items():
-                seen.metrics[name].copy_(value)
+    def counted(graph):
+        seen.append(graph)
+        replay(graph)
 
-    @contextlib.contextmanager
-    def graph(made, stream):
-        assert stream is seen.streams[-1]  # not the default one
-        seen.events.append("capture")
-        seen.now = made
-        yield
-        seen.now = None
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
-    monkeypatch.setattr(torch.cuda, "set_stream", seen.streams.append)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: seen.streams[-1])
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
     return seen
 
 
-def under_capture(model, seen, monkeypatch):
-    """Makes this model's next run a captured one, as far as the loop can tell."""
-    run = model.run
+@pytest.fixture
+def parts(configure):
+    """parts(model, shape, *flags) → config, what build() returns; all on the GPU, the rate falls."""
 
-    with open("plain/metrics.csv") as file:
-        names = next(csv.reader(file))[1:]
+    def parts(model, shape, *flags):
+        config = configure(model, shape, "--decay-start", "2", "--decay-end", "7", *flags)
+        config.device = "cuda"
+        torch.manual_seed(config.seed)
+        sets = [tuple(part.cuda() for part in random_set(100, shape, config.classes)) for _ in range(2)]
+        return config, model.build(config, *sets)
 
-    def captured(config, nets, optimizers, iteration, pictures, saved, device, capture):
-        def step():
-            if seen.now is None:
-                seen.events.append("eager")
-                return iteration()
-            seen.step, seen.metrics = iteration, {name: torch.full((), torch.nan) for name in names}
-            return seen.metrics  # nothing is executed
-
-        run(config, nets, optimizers, step, pictures, saved, device, True)
-
-    monkeypatch.setattr(model, "run", captured)
-
-
-@each
-@pytest.mark.parametrize("first, then", [(9, 0), (4, 5), (3, 6), (5, 4)])
-def test_three_steps_are_real_one_is_recorded_and_all_others_replayed(
-    model, first, then, recorder, tmp_path, monkeypatch
-):
-    """No step is lost or done twice, neither at the capture nor at a resume: the run is the eager one's."""
-    monkeypatch.chdir(tmp_path)
-    flags = ["--dataset", "ring", *TINY, "--device", "cpu", "--log-every", "1", "--sample-every", "2"]
-    model.main([*flags, "--steps", "9", "--out", "plain"])
-    under_capture(model, recorder, monkeypatch)
-    model.main([*flags, "--steps", str(first), "--out", "captured"])
-    if then:
-        model.main(["--resume", "captured", "--steps", "9", "--device", "cpu"])
-    expected = []
-    for steps in (first, then):
-        expected += ["eager"] * min(steps, 3) + ["capture"] * (steps > 3) + ["replay"] * max(0, steps - 3)
-    assert recorder.events == expected
-    plain, captured = (torch.load(f"{run}/checkpoint.pt", weights_only=True) for run in ("plain", "captured"))
-    assert_close(captured["networks"], plain["networks"], rtol=0, atol=0)
-    assert Path("captured/metrics.csv").read_text() == Path("plain/metrics.csv").read_text()
-
-
-@each
-def test_without_a_gpu_nothing_is_captured(model, start, monkeypatch):
-    found, seen = start(model, [2]), []
-    monkeypatch.setattr(model, "run", lambda *args: seen.append(args))
-    model.train(found.config, found.x_train, found.x_test)
-    (args,) = seen
-    assert len(args) == 8 and args[-1] is False
-
-
-@each
-def test_a_full_memory_is_one_sentence(model, tmp_path, monkeypatch, capsys):
-    def train(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-
-    monkeypatch.setattr(model, "train", train)
-    with pytest.raises(SystemExit) as stopped:
-        model.main(["--dataset", "ring", "--device", "cpu", "--out", str(tmp_path / "run")])
-    line = capsys.readouterr().err
-    assert stopped.value.code == 2 and line.count("\n") == 1
-    assert "memory" in line and "--batch-size" in line and "--width" in line
-
-
-# On a GPU
+    return parts
 
 
 @pytest.fixture
-def deterministic(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+def run(parts, tmp_path):
+    """run(model, out, shape, *flags, capture, steps=8, saved=None) → its last checkpoint and its numbers."""
+
+    def run(model, out, shape, *flags, capture, steps=8, saved=None):
+        config, built = parts(
+            model, shape, "--steps", steps, "--log-every", "1", "--sample-every", "3", *flags
+        )
+        config.out = str(tmp_path / out)
+        model.train(config, *built, saved, capture)
+        with open(tmp_path / out / "metrics.csv") as file:
+            numbers = [[float(value) for value in row] for row in list(csv.reader(file))[1:]]
+        path = tmp_path / out / "checkpoint.pt"
+        return torch.load(path, map_location="cpu", weights_only=True), torch.tensor(numbers)
+
+    return run
 
 
-def train(model, out, *flags, eager=False):
-    """The networks of a short run on the GPU."""
-    if flags[0] != "--resume":
-        flags = (*flags, *TINY, "--log-every", "1", "--sample-every", "2", "--out", str(out))
-    with pytest.MonkeyPatch.context() as patch:
-        run = model.run
-        if eager:
-            patch.setattr(model, "run", lambda *args: run(*args[:-1], False))
-        model.main([*flags, "--device", "cuda"])
-    saved = torch.load(Path(out) / "checkpoint.pt", map_location="cpu", weights_only=True)
-    return saved["networks"]
+def assert_same(one, other):
+    assert_close(one[0]["networks"], other[0]["networks"], **CLOSE)
+    assert_close(one[0]["rng"], other[0]["rng"], rtol=0, atol=0)
+    assert_close(one[1], other[1], rtol=1e-2, atol=1e-3)
 
 
-@on_gpu
-@each
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("flags", [["--network", "conv"], ["--network", "mlp"], ["--dataset", "ring"]])
-def test_captured_steps_are_eager_steps(model, flags, deterministic, tmp_path):
-    eager = train(model, tmp_path / "eager", *flags, "--steps", "8", eager=True)
-    captured = train(model, tmp_path / "captured", *flags, "--steps", "8")
-    assert_close(captured, eager, rtol=1e-3, atol=1e-4)
-    shorter = train(model, tmp_path / "shorter", *flags, "--steps", "7")
-    assert any(not torch.equal(shorter[net][key], captured[net][key]) for net in eager for key in eager[net])
+# The graph
 
 
-@on_gpu
-@each
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("first", [2, 5])
-def test_resuming_a_captured_run(model, first, deterministic, tmp_path):
-    whole = train(model, tmp_path / "whole", "--dataset", "ring", "--steps", "10")
-    train(model, tmp_path / "parts", "--dataset", "ring", "--steps", str(first))
-    parts = train(model, tmp_path / "parts", "--resume", str(tmp_path / "parts"), "--steps", "10")
-    assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_captured_steps_are_eager_steps(model, kind, run, replays):
+    eager = run(model, "eager", *KINDS[kind], capture=False)
+    assert not replays
+    captured = run(model, "captured", *KINDS[kind], capture=True)
+    assert len(replays) == 5
+    assert_same(captured, eager)
 
 
-@on_gpu
-@each
-@pytest.mark.filterwarnings("ignore")
-def test_no_synchronisation_and_no_growing_memory(model, tmp_path, monkeypatch):
-    """Once the optimisers have their state an iteration never waits for the GPU and leaves nothing there.
+@pytest.mark.parametrize("first", [2, 3, 5])
+@pytest.mark.parametrize("model", TWO_RULES, indirect=True)
+def test_a_captured_run_that_was_resumed_is_the_whole_one(model, first, run):
+    whole = run(model, "whole", [2], capture=True)
+    saved, _ = run(model, "parts", [2], capture=True, steps=first)
+    assert_same(run(model, "parts", [2], capture=True, saved=saved), whole)
 
-    Nor do 10 000 replays.
-    """
-    used, replayed = [], []
 
-    def run(config, nets, optimizers, iteration, pictures, saved, device, capture):
-        assert capture
-        for _ in range(3):
-            iteration()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(20):
-                iteration()
-                used.append(torch.cuda.memory_allocated())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-        torch.cuda.set_stream(torch.cuda.Stream())
-        replay = recorded(iteration)
+@pytest.mark.parametrize("model", ["wgan", "gm_wae"], indirect=True)
+def test_pictures_change_nothing(model, run):
+    with_pictures = run(model, "with", [1, 16, 16], "--sample-every", "1", capture=True)
+    without = run(model, "without", [1, 16, 16], "--sample-every", "1000", capture=True)
+    assert_same(with_pictures, without)
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_memory_does_not_grow(model, parts):
+    """Neither by eager iterations, once the optimisers have their state, nor by replays."""
+    _, (*_, iteration, _) = parts(model, [1, 16, 16])
+    eager, replayed = [], []
+    for _ in range(20):
+        iteration()
+        eager.append(torch.cuda.memory_allocated())
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.Stream())
+    for _ in range(3):
+        iteration()
+    replay = model.recorded(iteration)
+    for _ in range(20):
         for _ in range(100):
-            for _ in range(100):
-                replay()
-            replayed.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-
-    monkeypatch.setattr(model, "run", run)
-    model.main([*TINY, "--device", "cuda", "--out", str(tmp_path / "run")])
-    assert len(set(used[5:])) == len(set(replayed)) == 1
+            replay()
+        replayed.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    torch.cuda.synchronize()
+    assert len(set(eager[10:])) == 1
+    assert len(set(replayed)) == 1
 
 
-@on_gpu
-def test_batches_from_the_host_are_those_of_the_host(monkeypatch):
+# The loop
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_between_its_logs_the_loop_never_waits_for_the_gpu(model, parts):
+    config, (nets, optimizers, iteration, pictures) = parts(model, [1, 16, 16], "--steps", "20")
+    steps = []
+
+    def step():
+        steps.append(None)
+        if len(steps) == 5:
+            torch.cuda.set_sync_debug_mode("error")
+        if len(steps) == 15:
+            torch.cuda.set_sync_debug_mode("default")
+        return iteration()
+
+    try:
+        model.train(config, nets, optimizers, step, pictures, None, False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 20
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_a_run_may_move_from_the_gpu_to_the_cpu_and_back(model, replays, tmp_path):
+    flags = ["--dataset", "ring", "--z-dim", "5", "--width", "4", "--batch-size", "8"]
+    out = str(tmp_path / "run")
+    model.main([*flags, "--device", "cuda", "--steps", "6", "--out", out])
+    assert len(replays) == 3
+    model.main(["--resume", out, "--device", "cpu", "--steps", "8"])
+    assert len(replays) == 3
+    model.main(["--resume", out, "--device", "cuda", "--steps", "13"])
+    assert len(replays) == 5
+    saved = torch.load(Path(out, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    assert saved["step"] == 13
+    assert all(value.isfinite().all() for net in saved["networks"].values() for value in net.values())
+
+
+def test_a_full_memory_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags = ["--dataset", "ring", "--batch-size", "20000000000", "--steps", "1"]
+        import_module("wgan").main([*flags, "--device", "cuda", "--out", str(tmp_path / "run")])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wgan.py: ")]
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and "memory" in lines[0] and "--batch-size" in lines[0]
+
+
+# Data that stay on the host
+
+
+def test_batches_from_the_host_are_those_of_the_host():
     x = torch.randint(256, (1000, 1, 8, 8), dtype=torch.uint8)
     torch.manual_seed(0)
     batches = [common.sample_batch(x, 64, "cuda") for _ in range(50)]
@@ -213,25 +197,18 @@ def test_batches_from_the_host_are_those_of_the_host(monkeypatch):
         assert_close(batch.cpu(), common.sample_batch(x, 64), rtol=0, atol=1e-6)
 
 
-@on_gpu
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model", MODELS[:1], indirect=True)
-def test_a_run_with_its_data_on_the_host(model, deterministic, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("model", TWO_RULES, indirect=True)
+def test_a_run_with_its_data_on_the_host(model, replays, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 0))
-    whole = train(model, tmp_path / "whole", "--dataset", "ring", "--steps", "8")
+    flags = ["--dataset", "ring", "--z-dim", "5", "--width", "4", "--batch-size", "8", "--device", "cuda"]
+
+    def networks(out):
+        path = tmp_path / out / "checkpoint.pt"
+        return torch.load(path, map_location="cpu", weights_only=True)["networks"]
+
+    model.main([*flags, "--steps", "8", "--out", str(tmp_path / "whole")])
     assert "stay on the host" in capsys.readouterr().err
-    train(model, tmp_path / "parts", "--dataset", "ring", "--steps", "5")
-    parts = train(model, tmp_path / "parts", "--resume", str(tmp_path / "parts"), "--steps", "8")
-    assert_close(parts, whole, rtol=1e-3, atol=1e-4)
-
-
-@on_gpu
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model", MODELS[:1], indirect=True)
-def test_too_large_a_batch(model, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        flags = ["--batch-size", "200000000", "--steps", "1", "--out", str(tmp_path / "run")]
-        model.main([*flags, "--device", "cuda"])
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1 and "--batch-size" in lines[0]
+    model.main([*flags, "--steps", "5", "--out", str(tmp_path / "parts")])
+    model.main(["--resume", str(tmp_path / "parts"), "--device", "cuda", "--steps", "8"])
+    assert not replays  # each step copies its batch, so none is recorded
+    assert_close(networks("parts"), networks("whole"), **CLOSE)

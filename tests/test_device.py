@@ -111,6 +111,8 @@ def test_a_step_of_the_loop_neither_touches_the_host_nor_waits(case, on_device, 
     monkeypatch.setattr(model, "save", lambda *_: None)
     with pytest.raises(EOFError), watch:
         model.train(config, nets, optimizers, watched(watch, iteration), pictures, None, False)
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    assert all(group["capturable"] and group["lr"].is_meta for group in groups)
     assert watch.seen > 100
     assert watch.on_host == watch.waiting == set()
     with torch.no_grad(), watch:
