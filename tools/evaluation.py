@@ -172,7 +172,7 @@ def modes(subject, data):
         return {}
     found, quality, divergence = metrics.covered_modes(subject.x, *data.modes)
     # Where no sample is of high quality there is no divergence.
-    return {"modes": found, "high_quality": quality} | ({"kl_uniform": divergence} if found else {})
+    return {"modes": found, "high_quality": quality} | ({"kl_modes": divergence} if found else {})
 
 
 def critic(subject, data):

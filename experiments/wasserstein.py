@@ -1,18 +1,11 @@
-"""python -m tools.claims [lines|gaussians|depth|momentum …]: claims of the WGAN papers, without a data set.
+"""Claims of the WGAN papers, without a data set; networks and losses are those of the model files.
 
-    lines      WGAN, example 1: of two parallel lines EM tells the distance, JS is log 2 at any distance
-    gaussians  WGAN, figure 2: between two Gaussians D saturates while F stays close to linear
-    depth      WGAN-GP, figure 1b: clipped, a deep critic's gradients explode or vanish; weights go to ±c
-    momentum   WGAN, section 4.3: with momentum the critic's updates turn against the gradient, W blows up
-
-Networks and losses are those of the model files. Each claim prints a table and draws claims-<name>.png.
+A claim is a function of the number of training steps and the path of its figure; it returns its table.
 """
 
 import math
 from copy import deepcopy
-from datetime import date
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,9 +15,7 @@ import wgan
 from common import load_data, sample_batch
 from dcgan import discriminator_loss, generator_loss, js_estimate, minimax_generator_loss
 from tools import figures
-from tools.bench import handed
-from tools.runs import Parser, seeded, whole
-from tools.tables import aligned
+from tools.runs import load_sets
 from wgan import clip_weights, critic_loss
 from wgan import generator_loss as critic_generator_loss
 from wgan_gp import gradient_penalty, mlp
@@ -251,13 +242,13 @@ def depth(steps, path):
 # Section 4.3 of WGAN
 
 
-def trained_by(rule, lr, data, steps):
-    """wgan.py on the data with this rule for its critic: W in each step, and the cosine between each of the
-    critic's updates, before the clipping, and its gradient downhill.
+def trained_by(rule, lr, steps):
+    """wgan.py on glyphs of 16 pixels with this rule for its critic: W in each step, and the cosine between
+    each of the critic's updates, before the clipping, and its gradient downhill.
     """
-    config = wgan.parse_args(["--lr", str(lr), "--width", "8", "--image-size", "16", "--device", "cpu"])
-    config.shape, config.seed = list(data[0].shape[1:]), torch.initial_seed()
-    _, nets, optimizers, iteration, *_ = handed(wgan, config, *data)
+    flags = ["--lr", str(lr), "--width", "8", "--image-size", "16", "--device", "cpu"]
+    config = wgan.parse_args(flags)
+    nets, optimizers, iteration, _ = wgan.build(config, *load_sets(config))
     weights, before, cosines = list(nets["critic"].parameters()), [], []
     optimizers["critic"] = rule(weights, lr)
 
@@ -281,12 +272,11 @@ def momentum(steps, path):
 
     W through a running median over a tenth of the steps.
     """
-    data = [load_data("glyphs", "data", split, 16, "cpu")[0] for split in ("train", "test")]
     rows = [["critic's rule", "learning rate", "W, greatest", "W, at last", "cosine", "cosine < 0"]]
     figure, panels = figures.axes(1, len(LRS))
     for panel, lr in zip(panels, LRS, strict=True):
         for name, rule in RULES.items():
-            w, cosines = trained_by(rule, lr, data, steps)
+            w, cosines = trained_by(rule, lr, steps)
             tenth, cosines = max(1, steps // 10), torch.tensor(cosines)
             w = torch.tensor(w).unfold(0, tenth, 1).median(1)[0]
             row = [name, f"{lr:g}", f"{w.max():.4f}", f"{w[-1]:.4f}", f"{cosines.mean():.2f}"]
@@ -296,34 +286,3 @@ def momentum(steps, path):
         panel.legend(fontsize="x-small")
     figures.save(figure, path)
     return rows
-
-
-CLAIMS = {"lines": (lines, 400), "gaussians": (gaussians, 400), "depth": (depth, 300)}
-CLAIMS |= {"momentum": (momentum, 300)}
-
-
-def main(argv=None):
-    """Check and print as the flags say."""
-    parser = Parser("claims", __doc__.split("\n")[0])
-    parser.add_argument("claims", nargs="*", help=f"of {', '.join(CLAIMS)}; all unless given")
-    parser.add_argument("--steps", type=whole(1), help="of each training, in place of the claim's own number")
-    parser.add_argument("--out", default="claims", help="folder for the figures")
-    parser.add_argument("--seed", type=whole(0), default=0, help="fixes everything random")
-    parser.set_defaults(device="cpu")
-    options = parser.parse_args(argv)
-    chosen = parser.known(options.claims, CLAIMS, "claim")
-    try:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-        for name in chosen:
-            check, steps = CLAIMS[name]
-            steps, path = options.steps or steps, Path(options.out) / f"claims-{name}.png"
-            with seeded(options.seed):
-                rows = check(steps, path)
-            print(f"{name}, {steps} steps, seed {options.seed}, {path}\n{aligned(rows)}\n")
-    except OSError as error:
-        parser.error(error)
-    print(f"torch {torch.__version__}; cpu, {torch.get_num_threads()} threads; {date.today()}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,43 +1,35 @@
-"""python -m tools.study [points|stacked|digits|colors …]: models against each other, over seeds and settings.
+"""python -m experiments.study [points|stacked|digits|colors …]: models against each other, seed by seed.
 
-    points   WBLI, BiGAN and WGAN-GP in WBLI's networks, on the grid of 25 Gaussians, at five learning rates
+    points   WBLI, BiGAN and WGAN-GP on the grid of 25 Gaussians, at five learning rates
     stacked  the same three on stacked MNIST with its 1 000 modes, at their own learning rates
-    digits   WBLI and BiGAN in WBLI's networks, on MNIST, at their own learning rates
-    colors   α-GAN, DCGAN and WGAN-GP, each in its own networks, on color_mnist, at three learning rates
+    digits   WBLI and BiGAN on MNIST, at their own learning rates
+    colors   α-GAN, DCGAN and WGAN-GP on color_mnist, at three learning rates
 
-All models of a study train for about the same time on a CPU. Every training is a run of the model file, with
-the norms of the gradients of generator and encoder as two more columns of metrics.csv; the same command goes
-on with what was stopped, as the model file cannot where the networks are not its own. Prints the table of
-tools.evaluate, each model's spread over its runs and the gradients along them, and draws study-<name>.png.
+Each model has its own networks; all models of a study train for about the same time on a CPU. Every training
+is a run of the model file, with the norms of the gradients of generator and encoder as two more columns of
+metrics.csv; the same command goes on with what was stopped. Prints the table of tools.evaluate, each model's
+spread over its runs and the gradients along them, and draws study-<name>.png.
 """
 
-import math
 import sys
 from argparse import Namespace
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
-from unittest.mock import patch
 
-import torch
-from torch import nn
-
-import wbli
-from tools import evaluate, figures, history, tables
-from tools.runs import Parser, whole
+from tools import tables
+from tools.flags import Parser, whole
 
 
 @dataclass(frozen=True)
 class Study:
     """Runs of models {name: steps}, with these flags, at each of the rates, with each of the seeds.
 
-    rates: None is the model's own. shared: all in WBLI's networks. stages: of tools.evaluate; n: samples.
+    rates: None is the model's own. stages: of tools.evaluate; n: samples.
     """
 
     models: dict
@@ -46,7 +38,6 @@ class Study:
     n: int
     rates: tuple = (None,)
     seeds: int = 3
-    shared: bool = True
 
     def runs(self, steps=None):
         """{the run's name: (model, flags)}; `steps` in place of each model's own."""
@@ -73,91 +64,16 @@ STUDIES = {
     "points": Study(ON_POINTS, GRID, ["modes", "reconstruction"], 2500, RATES),
     "stacked": Study(ON_PICTURES | {"wgan_gp": 720}, STACKED, ["classifier scores"], 26_000),
     "digits": Study(ON_PICTURES, DIGITS, CODES, 10_000),
-    "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, RATES[1:4], seeds=1, shared=False),
+    "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, RATES[1:4], seeds=1),
 }
-
-# Training
-
-wbli_networks = wbli.networks  # which `prepared` replaces
-
-
-def shared_networks(model, config):
-    """WBLI's networks by this model's names; BiGAN's codes stay in [−1, 1], WGAN-GP's critic sees x alone."""
-    nets = wbli_networks(config)
-    if model.__name__ == "bigan":
-        nets["encoder"] = nn.Sequential(nets["encoder"], model.Squash())
-        nets["discriminator"] = nets.pop("critic")
-    if model.__name__ == "wgan_gp":
-        if config.network == "mlp":
-            critic = wbli.mlp(math.prod(config.shape), 1, 8 * config.width)
-        else:
-            critic = wbli.Encoder(config.shape, 1, config.width, norm=False)
-        nets = {"generator": nets["generator"], "critic": nn.Sequential(critic, nn.Flatten(0))}
-    return nets
-
-
-def with_gradients(run):
-    """The `run` of a model file, logging the norms of the gradients of generator and encoder as well."""
-
-    def logged(config, nets, optimizers, iteration, *rest):
-        norms = {}
-
-        def note(name, optimizer, *_):
-            weights = optimizer.param_groups[0]["params"]
-            norms[f"gradient of {name}"] = nn.utils.get_total_norm([weight.grad for weight in weights])
-
-        for name in ("generator", "encoder"):
-            if name in optimizers:
-                optimizers[name].register_step_pre_hook(partial(note, name))
-        run(config, nets, optimizers, lambda: iteration() | norms, *rest)
-
-    return logged
-
-
-@contextmanager
-def prepared(study):
-    """Inside, the study's models log their gradients and have its networks."""
-    with ExitStack() as changes:
-        for model in map(import_module, study.models):
-            changes.enter_context(patch.object(model, "run", with_gradients(model.run)))
-            if study.shared:
-                changes.enter_context(patch.object(model, "networks", partial(shared_networks, model)))
-        yield
-
-
-@contextmanager
-def restored():
-    """Afterwards the switches that `run` sets are as before, for the evaluation."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, matmul.allow_tf32
-    try:
-        yield
-    finally:
-        cudnn.benchmark, matmul.allow_tf32 = before
-        if torch.cuda.is_initialized():
-            torch.cuda.set_stream(torch.cuda.default_stream())
-
-
-def train(model, flags, path):
-    """Train into this folder, or what is left to do there; False if it diverged."""
-    flags = [*flags, *(["--resume"] if (path / "checkpoint.pt").exists() else ["--out"]), str(path)]
-    try:
-        with restored(), redirect_stdout(sys.stderr):
-            import_module(model).main(flags)
-    except SystemExit as stop:
-        if stop.code != 1:
-            raise
-        return False
-    return True
-
 
 # Results; done is [(run, its evaluation)]
 
 
 def by_model(done):
     """{model: [(run, its evaluation)]}, in the order given."""
-    names = dict.fromkeys(run.config.model for run, _ in done)
-    return {name: [pair for pair in done if pair[0].config.model == name] for name in names}
+    names = dict.fromkeys(run.name for run, _ in done)
+    return {name: [pair for pair in done if pair[0].name == name] for name in names}
 
 
 def spread(done):
@@ -183,7 +99,9 @@ def spread(done):
 
 def gradients(run):
     """(steps, {network: norms of its gradient}) along the run."""
-    columns = history.read_metrics(run.path)
+    from tools.report import read_metrics
+
+    columns = read_metrics(run.path)
     logged = [name for name in columns if name.startswith("gradient of ") and len(columns[name])]
     return columns.get("step"), {name.split()[-1]: columns[name] for name in logged}
 
@@ -193,7 +111,7 @@ def gradient_rows(done):
     rows, found = [["gradient of", "first tenth", "last tenth", "least", "greatest"]], defaultdict(list)
     for run, _ in done:
         for name, norms in gradients(run)[1].items():
-            found[f"{name}, {run.config.model}, learning rate {run.config.lr:g}"].append(norms)
+            found[f"{name}, {run.name}, learning rate {run.config.lr:g}"].append(norms)
     for title, seeds in found.items():
         first = mean(median(norms[: max(1, len(norms) // 10)]) for norms in seeds)
         last = mean(median(norms[-max(1, len(norms) // 10) :]) for norms in seeds)
@@ -204,6 +122,8 @@ def gradient_rows(done):
 
 def draw(done, path):
     """A panel a model, on one scale: filtered norms along its runs, a colour for each learning rate."""
+    from tools import figures
+
     groups = by_model(done)
     figure, panels = figures.axes(1, len(groups))
     for panel, (model, pairs) in zip(panels, groups.items(), strict=True):
@@ -215,7 +135,7 @@ def draw(done, path):
             for name, norms in norms_of.items():
                 style = {"color": f"C{rates.index(run.config.lr)}", "linewidth": 1}
                 style["linestyle"] = "-" if name == "generator" else "--"
-                (line,) = panel.plot(steps, history.filtered(norms), **style)
+                (line,) = panel.plot(steps, figures.filtered(norms), **style)
                 labels.setdefault(f"{name}, learning rate {run.config.lr:g}", line)
         panel.set(xlabel="step", yscale="log", title=f"{model}: norms of the gradients")
         panel.legend(labels.values(), labels, fontsize="xx-small")
@@ -227,18 +147,20 @@ def draw(done, path):
 
 def check(study, name, options, complain):
     """Train and evaluate, print the tables and draw; complain(message) of what fails."""
+    from experiments.training import train
+    from tools import evaluation
+
     folder, runs = Path(options.out) / name, study.runs(options.steps)
     shared = ["--data-dir", options.data_dir, "--device", options.device.type]
-    with prepared(study):
-        for i, (title, (model, flags)) in enumerate(runs.items(), 1):
-            print(f"{name}, run {i} of {len(runs)}: {title}", file=sys.stderr)
-            if not train(model, [*flags, *shared], folder / title):
-                complain(f"{folder / title} diverged; evaluated is what it saved last")
-        measured = Namespace(n=options.n or study.n, seed=0, batch_size=250, stages=study.stages)
-        measured.data_dir, measured.device = options.data_dir, options.device
-        measured.runs = [folder / title for title in runs]
-        opened = [run for group in evaluate.opened(measured, complain).values() for run in group]
-        _, done = evaluate.evaluate_group(opened, measured, complain) if opened else (None, [])
+    for i, (title, (model, flags)) in enumerate(runs.items(), 1):
+        print(f"{name}, run {i} of {len(runs)}: {title}", file=sys.stderr)
+        if not train(model, [*flags, *shared], folder / title, with_gradients=True):
+            complain(f"{folder / title} diverged; evaluated is what it saved last")
+    measured = Namespace(n=options.n or study.n, seed=0, batch_size=250, stages=study.stages, split="test")
+    measured.data_dir, measured.device = options.data_dir, options.device
+    measured.runs = [folder / title for title in runs]
+    opened = [run for group in evaluation.opened(measured, complain).values() for run in group]
+    _, done = evaluation.evaluate_group(opened, measured, complain) if opened else (None, [])
     if done:
         path = Path(options.out) / f"study-{name}.png"
         print(f"{name}, {path}", tables.text(done), sep="\n\n", flush=True)
@@ -248,24 +170,21 @@ def check(study, name, options, complain):
 
 def main(argv=None):
     """Train, evaluate and print as the flags say; 2 if something failed."""
-    parser = Parser("study", __doc__.split("\n")[0])
+    parser = Parser("experiments.study", __doc__.split("\n")[0])
     flag = parser.add_argument
     flag("studies", nargs="*", help=f"of {', '.join(STUDIES)}; all unless given")
     flag("--steps", type=whole(1), help="of each training, in place of its own number")
     flag("--n", type=whole(2), help="samples to evaluate, in place of the study's own number")
     flag("--out", default="study", help="folder for runs and figures")
-    flag("--data-dir", default="data", help="where data sets are found, downloaded to and cached")
-    flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU if any")
+    parser.add_places()
     options = parser.parse_args(argv)
     chosen = parser.known(options.studies, STUDIES, "study")
     parser.needs("matplotlib", "scipy", "sklearn", "torchmetrics")
-    try:
+    with parser.mistakes():
         for name in chosen:
             check(STUDIES[name], name, options, parser.complain)
-    except (OSError, ValueError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.error("stopped; the same command goes on")
+    import torch
+
     print(f"torch {torch.__version__}; {options.device}, {torch.get_num_threads()} threads; {date.today()}")
     if parser.failed:
         sys.exit(2)
