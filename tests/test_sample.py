@@ -1,6 +1,9 @@
-"""tools/sample.py: what it writes, that it follows from the seed, and one line for a user's mistake."""
+"""tools.sample: what it writes, that it follows from the seed, and one line for a user's mistake."""
 
+import contextlib
 import math
+import os
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -8,17 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import MODELS, having
 from PIL import Image
 
-from tools import runs, sample
+from common import as_float
+from tools import drawing, runs, sample
 
 ROOT = Path(__file__).parents[1]
-MODELS = runs.model_names()
-ENCODERS = [name for name in MODELS if "def encode(" in (ROOT / f"{name}.py").read_text(encoding="utf-8")]
 SOLO, SOLO_ENCODER = "dcgan", "wbli"
+BY_LABEL = {"cgan": 10, "infogan": 10, "gm_wae": 4}  # labels of a run with z of four dimensions
 
 each = pytest.mark.parametrize("model", MODELS, indirect=True)
-each_encoder = pytest.mark.parametrize("model", ENCODERS, indirect=True)
+solo = pytest.mark.parametrize("model", [SOLO], indirect=True)
+solo_encoder = pytest.mark.parametrize("model", [SOLO_ENCODER], indirect=True)
 
 MIXTURE = '''
 """A model that this project does not know: two components, and G(z) = z."""
@@ -28,14 +33,14 @@ from torch import nn
 def networks(config):
     return {"generator": nn.Identity()}
 
-def draw_z(n, config, device, component=None):
-    k = torch.randint(2, (n,), device=device) if component is None else component
+def draw_z(n, config, device, label=None):
+    k = torch.randint(2, (n,), device=device) if label is None else label
     return (k * torch.ones(n, device=device))[:, None] + torch.zeros(n, 2, device=device)
 
 def generate(nets, z):
     return nets["generator"](z)
 
-def component_probabilities(nets, x):
+def classify(nets, x):
     return torch.full((len(x), 2), 0.5)
 '''
 
@@ -48,9 +53,9 @@ def mixture(tmp_path, monkeypatch):
     (folder / "mixture.py").write_text(MIXTURE, encoding="utf-8")
     monkeypatch.setattr(runs, "ROOT", folder)
     monkeypatch.syspath_prepend(folder)
-    config = {"shape": [2], "prior": "mixture", "dataset": "grid", "data_dir": "data", "image_size": 32}
-    saved = {"model": "mixture", "step": 0, "config": config | {"seed": 0}, "networks": {"generator": {}}}
-    torch.save(saved | {"fixed_z": torch.zeros(1, 2)}, folder / "checkpoint.pt")
+    config = {"shape": [2], "dataset": "grid", "image_size": 32, "seed": 0, "z_dim": 2}
+    saved = {"model": "mixture", "step": 0, "config": config, "networks": {"generator": {}}}
+    torch.save(saved, folder / "checkpoint.pt")
     yield folder
     sys.modules.pop("mixture", None)
 
@@ -89,7 +94,7 @@ def array(path):
 # What it writes
 
 
-@each
+@solo
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16)])
 def test_a_grid_of_64(model, shape, make_run):
     path = make_run(model, shape)
@@ -100,25 +105,25 @@ def test_a_grid_of_64(model, shape, make_run):
 
 
 @each
-def test_an_array(model, make_run, tmp_path):
+def test_arrays_of_pictures_and_points(model, make_run, tmp_path):
     run(make_run(model, (3, 8, 8)), "--n", 10, "--out", tmp_path / "x.npz")
     x = array(tmp_path / "x.npz")
     assert x.shape == (10, 8, 8, 3) and x.dtype == np.uint8 and x.std() > 0
+    run(make_run(model, (2,), name="points"), "--out", tmp_path / "x.npz")
+    x = array(tmp_path / "x.npz")
+    assert x.shape == (2500, 2) and x.dtype == np.float32
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@each
-def test_points(model, make_run, tmp_path):
+@solo
+def test_the_density_of_points(model, make_run):
     path = make_run(model, (2,))
     run(path)
     with Image.open(path / "samples.png") as density:
         assert density.size == (256, 256)
-    run(path, "--out", tmp_path / "x.npz")
-    x = array(tmp_path / "x.npz")
-    assert x.shape == (2500, 2) and x.dtype == np.float32
 
 
-@pytest.mark.parametrize("model", [SOLO], indirect=True)
+@solo
 def test_single_pictures_are_those_of_the_array(model, make_run, tmp_path):
     path = make_run(model, (1, 8, 8))
     run(path, "--n", 5, "--out", tmp_path / "folder")
@@ -130,7 +135,7 @@ def test_single_pictures_are_those_of_the_array(model, make_run, tmp_path):
             assert np.array_equal(np.asarray(picture), x[..., 0])
 
 
-@each
+@solo
 def test_the_seed_alone_decides(model, make_run, tmp_path):
     """Not the batch size, not torch's generator; and a sample does not depend on the others (eval mode)."""
     path, found = make_run(model, (1, 8, 8)), []
@@ -145,21 +150,23 @@ def test_the_seed_alone_decides(model, make_run, tmp_path):
     assert abs(same - different).mean() > 10
 
 
-@each_encoder
+@pytest.mark.parametrize("model", having("encode"), indirect=True)
 def test_reconstructions_are_pairs_of_test_items(model, make_run, pictures, tmp_path):
-    path = make_run(model, (1, 8, 8), "--data-dir", tmp_path / "data", dataset=pictures)
-    run(path, "--reconstruct", "--out", tmp_path / "x.npz")
+    """Read from this command's --data-dir: what a checkpoint names is not written to."""
+    path = make_run(model, (1, 8, 8), "--data-dir", tmp_path / "named", dataset=pictures)
+    run(path, "--reconstruct", "--out", tmp_path / "x.npz", "--data-dir", tmp_path / "data")
+    assert (tmp_path / "data/cache").is_dir() and not (tmp_path / "named").exists()
     x = array(tmp_path / "x.npz")
     assert x.shape == (2, 2, 8, 8, 1)  # a tenth of the pictures is the test split
     opened = runs.open_run(path, "cpu")
-    y = runs.as_float(torch.from_numpy(x[:, 0]).movedim(-1, 1))
+    y = as_float(torch.from_numpy(x[:, 0]).movedim(-1, 1))
     expected = model.generate(opened.nets, model.encode(opened.nets, y))
     torch.testing.assert_close(
-        runs.as_float(torch.from_numpy(x[:, 1])).movedim(-1, 1), expected, atol=1 / 127, rtol=0
+        as_float(torch.from_numpy(x[:, 1])).movedim(-1, 1), expected, atol=1 / 127, rtol=0
     )
 
 
-@pytest.mark.parametrize("model", [SOLO_ENCODER], indirect=True)
+@solo_encoder
 def test_reconstructions_of_files(model, make_run, pictures):
     path = make_run(model, (1, 8, 8))
     run(path, "--reconstruct", pictures / "3.png", pictures / "4.png", pictures / "5.png")
@@ -168,7 +175,7 @@ def test_reconstructions_of_files(model, make_run, pictures):
         assert np.array_equal(np.asarray(grid)[:, 16:24], np.asarray(source))
 
 
-@pytest.mark.parametrize("model", [SOLO_ENCODER], indirect=True)
+@solo_encoder
 @pytest.mark.parametrize("size", [16, 32])
 def test_a_digit_of_28_pixels_is_padded_as_its_data_set_is(model, size, make_run, tmp_path):
     """A black frame of two pixels in 32; where another data set is read, the picture fills the frame."""
@@ -182,7 +189,7 @@ def test_a_digit_of_28_pixels_is_padded_as_its_data_set_is(model, size, make_run
         assert (x[0].max() < 128) == framed
 
 
-@pytest.mark.parametrize("model", [SOLO_ENCODER], indirect=True)
+@solo_encoder
 def test_reconstructions_of_points(model, make_run):
     path = make_run(model, (2,))
     run(path, "--reconstruct")
@@ -190,7 +197,7 @@ def test_reconstructions_of_points(model, make_run):
         assert densities.size == (512, 256)
 
 
-@each
+@solo
 def test_interpolation(model, make_run, tmp_path):
     """Eight to a row, and inside a row each picture is nearer to its neighbour than its ends are."""
     run(make_run(model, (1, 8, 8)), "--interpolate", "--out", tmp_path / "x.npz")
@@ -199,44 +206,90 @@ def test_interpolation(model, make_run, tmp_path):
     assert steps < np.linalg.norm(rows[:, 0] - rows[:, -1], axis=1).mean()
 
 
-@pytest.mark.parametrize("prior", ["normal", "uniform", "mixture"])
-def test_between(prior):
-    """Both ends exact; for a Gaussian of constant length on the way between two of one length."""
+@pytest.mark.parametrize("circle", [0, 20, 30])
+def test_between(circle):
+    """Both ends exact; of constant length on the way on a circle, between two of one length."""
     a, b = torch.randn(2, 5, 30, dtype=torch.float64)
-    b *= a.norm(dim=1, keepdim=True) / b.norm(dim=1, keepdim=True)
+    b *= a[:, :circle].norm(dim=1, keepdim=True) / b[:, :circle].norm(dim=1, keepdim=True) if circle else 1
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
-    z = sample.between(a, b, t, prior)
+    z = drawing.between(a, b, t, circle)
     torch.testing.assert_close(z[:, 0], a)
     torch.testing.assert_close(z[:, -1], b)
-    if prior == "normal":
-        torch.testing.assert_close(z.norm(dim=2), a.norm(dim=1, keepdim=True).expand(5, 5))
-        steps = z.diff(dim=1).norm(dim=2)
-        torch.testing.assert_close(steps, steps[:, :1].expand(5, 4))
-    else:
-        torch.testing.assert_close(z[:, 2], (a + b) / 2)
+    torch.testing.assert_close(z[:, 2, circle:], ((a + b) / 2)[:, circle:])
+    on_circle = z[..., :circle]
+    torch.testing.assert_close(on_circle.norm(dim=2), a[:, :circle].norm(dim=1, keepdim=True).expand(5, 5))
+    steps = on_circle.diff(dim=1).norm(dim=2)
+    torch.testing.assert_close(steps, steps[:, :1].expand(5, 4))
 
 
 def test_between_the_same():
     a = torch.randn(3, 4, dtype=torch.float64)
-    torch.testing.assert_close(
-        sample.between(a, a, torch.tensor([0.0, 0.5, 1.0]), "normal"), a[:, None].expand(3, 3, 4)
-    )
+    z = drawing.between(a, a, torch.tensor([0.0, 0.5, 1.0]), 4)
+    torch.testing.assert_close(z, a[:, None].expand(3, 3, 4))
 
 
 def test_between_a_quarter_of_a_circle():
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    z = sample.between(a, b, torch.tensor([0.5]), "normal")
+    z = drawing.between(a, b, torch.tensor([0.5]), 2)
     torch.testing.assert_close(z, math.sqrt(0.5) * torch.tensor([[[1.0, 2.0]]]))
 
 
-def test_a_component(mixture):
+@each
+def test_only_noise_near_a_sphere_goes_on_circles(model, configure):
+    """Normal numbers and those of a sphere in 20 dimensions have a kurtosis near 3, uniform ones 1.8."""
+    config = configure(model, (1, 8, 8), "--z-dim", 20)
+    z = model.draw_z(20_000, config, torch.device("cpu"))[:, :20]
+    kurtosis = (z.pow(4).mean(0) / z.square().mean(0).square()).mean()
+    near = bool(2.5 < kurtosis < 3.2)
+    assert near == (model.__name__ not in drawing.STRAIGHT)
+
+
+def test_a_label(mixture):
     for k in (0, 1):
-        run(mixture, "--component", k, "--n", 10, "--out", mixture / f"{k}.npz")
+        run(mixture, "--label", k, "--n", 10, "--out", mixture / f"{k}.npz")
         assert (array(mixture / f"{k}.npz") == k).all()
-    run(mixture, "--component", 1)
+    run(mixture, "--label", 1)
     assert (mixture / "samples-1.png").exists()
     run(mixture, "--n", 100, "--out", mixture / "all.npz")
     assert set(array(mixture / "all.npz").flat) == {0, 1}
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_how_many_labels_there_are(model, make_run):
+    opened = runs.open_run(make_run(model, (1, 8, 8)), "cpu")
+    assert opened.labels == BY_LABEL.get(opened.name, 0)
+    assert opened.conditional == (opened.name == "cgan")
+    if opened.labels:
+        z = [runs.draw_z(opened, 3, 0, label) for label in (0, opened.labels - 1)]
+        assert z[0].shape == z[1].shape and not torch.equal(*z)
+
+
+# Flags and files
+
+
+def test_help_comes_before_anything_heavy_is_imported():
+    """In a process of its own, for all tools at once."""
+    tools = ("tools.sample", "tools.evaluate", "tools.bench")
+    code = "import sys; from importlib import import_module"
+    for tool in (*tools, "experiments.claims", "experiments.study", "experiments.along"):
+        code += f"\ntry: import_module('{tool}').main(['--help'])\nexcept SystemExit: pass"
+    code += "\nheavy = {'torch', 'numpy', 'sklearn', 'matplotlib', 'torchmetrics', 'umap', 'scipy'}"
+    code += "\nprint('heavy:', heavy & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("show this help") == 6 and done.stdout.endswith("heavy: set()\n"), done.stderr
+
+
+@solo
+def test_only_files_of_this_checkout_are_imported(model, make_run, tmp_path):
+    """Not those of the working directory, nor of the run's folder, which here are the same."""
+    path = make_run(model, (1, 8, 8))
+    for name in (SOLO, "common", "wgan_gp"):
+        (path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    command = [sys.executable, "-m", "tools.sample", ".", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (path / "samples.png").exists() and not (tmp_path / "ran").exists()
 
 
 # Mistakes
@@ -256,11 +309,10 @@ def test_a_damaged_checkpoint(tmp_path, capsys):
     assert "not the checkpoint of a run" in mistake(capsys, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["os", "common", "tools.runs", "../wgan", "", "conftest", 3, ["wgan"]])
+@pytest.mark.parametrize("name", ["os", "common", "tools.runs", "../wgan", "", "conftest"])
 def test_only_model_files_are_imported(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "import_module", lambda name: pytest.fail(f"{name} was imported"))
-    saved = {"model": name, "step": 0, "config": {}, "networks": {}, "fixed_z": torch.zeros(1)}
-    torch.save(saved, tmp_path / "checkpoint.pt")
+    torch.save({"model": name, "step": 0, "config": {}, "networks": {}}, tmp_path / "checkpoint.pt")
     assert "is of a model called" in mistake(capsys, tmp_path)
 
 
@@ -274,44 +326,70 @@ def test_a_pickle_that_would_run_code(tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("model", [SOLO], indirect=True)
-def test_networks_of_another_version(model, make_run, capsys):
+@solo
+def test_wrong_contents(model, make_run, capsys):
+    """One sentence each, for whatever stands in the place of whatever."""
     path = make_run(model, (1, 8, 8))
     saved = torch.load(path / "checkpoint.pt", weights_only=True)
-    wider, less = saved["config"] | {"width": 5}, dict(saved["config"])
-    del less["data_dir"]
-    for change in ({"networks": {}}, {"config": wider}, {"config": less}, {"config": {}}, {"config": 3}):
+    for change in ({"networks": {}}, {"config": saved["config"] | {"width": 5}}, {"config": {}}):
         torch.save(saved | change, path / "checkpoint.pt")
         assert "does not fit dcgan.py" in mistake(capsys, path)
+    for key in saved:
+        for value in (None, 3, "x", [], {}, torch.zeros(2)):
+            torch.save(saved | {key: value}, path / "checkpoint.pt")
+            with contextlib.suppress(ValueError):
+                runs.open_run(path, "cpu")
+    refused = set()
+    for key in saved["config"]:
+        for value in (None, -1, 1.5, "x", [], [1, 2, 3], {}):
+            torch.save(saved | {"config": saved["config"] | {key: value}}, path / "checkpoint.pt")
+            try:
+                runs.open_run(path, "cpu")
+            except ValueError:
+                refused.add(key)
+    assert refused >= {"shape", "z_dim", "width", "dataset", "image_size", "seed"}
 
 
-@pytest.mark.parametrize("model", [SOLO], indirect=True)
+@solo_encoder
+def test_data_of_another_shape(model, make_run, pictures, capsys, tmp_path):
+    """The folder has pictures in grey; the run has learnt from others in colour."""
+    path = make_run(model, (3, 8, 8), dataset=pictures)
+    line = mistake(capsys, path, "--reconstruct", "--data-dir", tmp_path / "data")
+    assert "items of 1×8×8" in line and "has learnt 3×8×8" in line
+
+
+@solo
 def test_what_this_run_cannot_do(model, make_run, capsys, tmp_path):
     path, points = make_run(model, (1, 8, 8)), make_run(model, (2,), name="points")
     before = sorted(tmp_path.rglob("*"))
     assert "no encoder" in mistake(capsys, path, "--reconstruct")
-    assert "no components" in mistake(capsys, path, "--component", 1)
+    assert "cannot be asked for by a label" in mistake(capsys, path, "--label", 1)
     assert "of points" in mistake(capsys, points, "--out", tmp_path / "folder")
     assert "is not empty" in mistake(capsys, path, "--out", path)
     assert ".png, an array" in mistake(capsys, path, "--out", tmp_path / "grid.jpg")
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("model", [SOLO], indirect=True)
+@solo
 def test_a_full_memory(model, make_run, capsys, monkeypatch):
-    def full(nets, z):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    """On a GPU; on a CPU, where only the words tell; and what no memory could hold is not asked for."""
     path = make_run(model, (1, 8, 8))
-    monkeypatch.setattr(model, "generate", full)
-    assert "--batch-size" in mistake(capsys, path)
+    assert "memory is full" in mistake(capsys, path, "--n", 10**15)
+    on_cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), on_cpu, MemoryError()):
+
+        def full(nets, z, error=error):
+            raise error
+
+        monkeypatch.setattr(model, "generate", full)
+        assert "--batch-size" in mistake(capsys, path)
 
 
-def test_a_component_that_is_not_there(mixture, capsys):
-    assert "has 0 … 1" in mistake(capsys, mixture, "--component", 2)
+def test_a_label_that_is_not_there(mixture, capsys):
+    assert "has 2, 0 … 1" in mistake(capsys, mixture, "--label", 2)
 
 
-@pytest.mark.parametrize("model", [SOLO_ENCODER], indirect=True)
+@solo_encoder
 def test_files_that_are_no_pictures(model, make_run, capsys, tmp_path):
     path, text = make_run(model, (1, 8, 8)), tmp_path / "text.png"
     text.write_text("no picture")
@@ -329,7 +407,8 @@ def test_files_that_are_no_pictures(model, make_run, capsys, tmp_path):
         ["--batch-size", "0"],
         ["--seed", "-1"],
         ["--interpolate", "--reconstruct"],
-        ["--component", "1", "--reconstruct"],
+        ["--label", "1", "--reconstruct"],
+        ["--label", "-1"],
         ["--device", "tpu"],
         ["--unknown"],
     ],
