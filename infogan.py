@@ -412,9 +412,9 @@ def claim(out, step):
     table = out / "metrics.csv"
     if table.exists():  # a killed run logged more than it saved, perhaps half a row
         header, *rows = table.read_text("utf-8-sig").splitlines() or [""]
-        whole = [row.split(",") for row in rows if row.count(",") == header.count(",")]
-        kept = [",".join(row) for row in whole if not row[0].isdecimal() or int(row[0]) <= step]
-        table.write_text("\n".join([header, *kept, ""]) if kept else "")
+        cells = [row.split(",") for row in rows]
+        kept = [c for c in cells if not c[0].isdecimal() or len(c) > 1 and int(c[0]) <= step]
+        table.write_text("\n".join([header, *map(",".join, kept), ""]) if kept else "")
     return copy
 
 
