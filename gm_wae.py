@@ -1,19 +1,18 @@
 """GM-WAE — Gaujac, Feige & Barber, "Gaussian mixture models with Wasserstein distance", 2018
-https://arxiv.org/abs/1806.04465: a Wasserstein auto-encoder whose prior is a mixture of K fixed Gaussians,
+https://arxiv.org/abs/1806.04465; a Wasserstein auto-encoder, its prior a mixture of K Gaussians:
 
-    min_{G,E}  E_x Σ_k q(k|x) E_{q(z|k,x)} c(x, G(z)) + λ MMD(q(z), p(z))     p(z) = 1/K Σ_k N(μ_k, σ²I)
+    min_{G,E}  E_x Σ_k q(k|x) E_{q(z|k,x)} c(x, G(z)) + λ MMD(q(z), p(z)),  p(z) = 1/K Σ_k N(μ_k, σ²I)
 
-The sum over k is exact, and nothing is asked of k itself: only q(z) = E_x Σ_k q(k|x) q(z|k,x) has to match.
-With --objective vae the same model is trained on its evidence lower bound, the paper's comparison.
+The sum over k is exact. Nothing is asked of k itself: only q(z) = E_x Σ_k q(k|x) q(z|k,x) has to
+match. With --objective vae the same model is trained on its evidence lower bound, for comparison.
 
-Differs from the paper, here its authors' code, first and later; our settings were chosen with MNIST's labels:
-    prior, λ     σ 0.236, λ 750, as later; with the first, √(1/8) and 200, components were lost here
-    networks     DCGAN's for G and q(k|x); q(z|k,x), an mlp for each k, has --width units (theirs 16, 32)
-    kernel       C = z_dim/2 times the scales, as later; first 2 z_dim
-    pre-training 1000 steps of Adam at 5e-3; theirs 1500, 10000
-    optimiser    Adam 5e-4 (0.5, 0.999), batch 64, one sample of z for each x and k; theirs 8e-4, 1e-4; 128; 5
+Differs from the paper, here its authors' code, first and later; ours chosen with MNIST's labels:
+    prior, λ, C  σ 0.236, 750, z_dim/2, as later; the first, √(1/8), 200, 2 z_dim, lost components
+    networks     DCGAN's for G and q(k|x); q(z|k,x), an mlp for each k, has 32 units, first 16
+    training     Adam 5e-4, batch 64, one z for each x and k; theirs 8e-4, later 1e-4, 128, 5
+    pre-training 1000 steps; theirs 1500, later 10000
 
-    python gm_wae.py --network mlp --width 16 --steps 2000    # minutes on a CPU, without a download
+    python gm_wae.py --network mlp --width 16 --steps 2000    # minutes on a CPU, no download
     python gm_wae.py --dataset mnist --network mlp
     python gm_wae.py --dataset mnist --network mlp --objective vae --init runs/gm_wae-mnist --out runs/gm_vae
 """
@@ -48,22 +47,20 @@ DEFAULTS = {
     "objective": "wae",
     "prior_std": 0.236,
     "mmd_weight": 750,
-    "z_samples": 1,
     "pretrain_steps": 1000,
 }
-ON_POINTS = {"network": "mlp", "z_dim": 2, "batch_size": 256, "components": 3, "mmd_weight": 10}
+ON_POINTS = {"network": "mlp", "z_dim": 3, "batch_size": 256, "mmd_weight": 10}
 LEAST = {"batch_size": 2, "seed": 0, "pretrain_steps": 0}  # the other numbers have to be above 0
 
 
 def add_flags(flag):
     """This model's own flags."""
     flag("--objective", choices=("wae", "vae"), help="vae: the evidence lower bound, for images")
-    flag("--components", type=int, help="K, at most z-dim + 1; as many as z has dimensions unless given")
+    flag("--components", type=int, help="K, at most and unless given --z-dim")
     flag("--prior-std", type=float, help="σ of each component; their means are √2 apart")
     flag("--mmd-weight", type=float, help="λ, the weight of the MMD")
-    flag("--z-samples", type=int, help="samples of z for each x and k")
-    flag("--pretrain-steps", type=int, help="steps before step 0 that take each q(z|k) to p(z|k)")
-    flag("--init", type=os.path.expanduser, metavar="RUN", help="start from another run's networks instead")
+    flag("--pretrain-steps", type=int, help="before step 0, to take each q(z|k) to p(z|k)")
+    flag("--init", type=os.path.expanduser, metavar="RUN", help="start from its networks instead")
 
 
 # Networks
@@ -121,40 +118,44 @@ def init_weights(module):
 
 
 def imq_kernel(a, b, c):
-    """Inverse multiquadratics, Σ cs/(cs + ‖a_i − b_j‖²) over scales s: (…, n, d), (…, m, d) → (…, n, m)."""
-    squared = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
+    """Inverse multiquadratics, Σ cs/(cs + ‖a_i − b_j‖²) over scales s: (n, d), (m, d) → (n, m)."""
+    if a.is_cuda:  # cdist would start a block of threads for each pair; on a CPU it is faster
+        squared = (a[:, None] - b).square().sum(2)
+    else:
+        squared = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
     return sum(c * s / (c * s + squared) for s in (0.1, 0.2, 0.5, 1, 2, 5, 10))
 
 
 def mmd(z_q, w_q, z_p, w_p):
-    """E k(z, z′) + E k(y, y′) − 2 E k(z, y) of z ~ q, y ~ p, unbiased; points (n, K, d), weights (n, K)."""
-    n, c = len(z_q), z_q.shape[2] / 2
-
-    def total(z, w, y, v):  # Σ_ij w_i v_j k(z_i, y_j), in each row if there are rows
-        return (w * (imq_kernel(z, y, c) @ v.unsqueeze(-1)).squeeze(-1)).sum()
-
-    (q, u), (p, v) = ((z.flatten(0, 1), w.flatten()) for z, w in ((z_q, w_q), (z_p, w_p)))
-    qq = total(q, u, q, u) - total(z_q, w_q, z_q, w_q)  # the pairs in a row, of one x, are not independent
-    pp = total(p, v, p, v) - total(z_p, w_p, z_p, w_p)
-    return (qq + pp) / (n * (n - 1)) - 2 * total(q, u, p, v) / n**2
+    """E k(z, z′) + E k(y, y′) − 2 E k(z, y), z ~ q, y ~ p, unbiased; points (n, K, d), weights (n, K)."""
+    n, components, d = z_q.shape
+    row = torch.arange(n * components, device=z_q.device) // components
+    other = row[:, None] != row  # points in one row, of one x, are not independent
+    z, y = z_q.flatten(0, 1), z_p.flatten(0, 1)
+    w, v = w_q.flatten(), w_p.flatten()
+    zz = w @ (imq_kernel(z, z, d / 2) * other) @ w
+    yy = v @ (imq_kernel(y, y, d / 2) * other) @ v
+    zy = w @ imq_kernel(z, y, d / 2) @ v
+    return (zz + yy) / (n * (n - 1)) - 2 * zy / n**2
 
 
 def wae_loss(x, x_rec, q, z_q, z_p, mmd_weight):
     """E_x Σ_k q(k|x) c(x, G(z_k)) + λ MMD(q(z), p(z)), z_k ~ q(z|k,x).
 
-    x (n, …), x_rec (n, K, …), q (n, K), z_q and z_p (n, K, d), the latter one draw of each p(z|k) in a row.
+    x (n, …), x_rec (n, K, …), q (n, K), z_q and z_p (n, K, d), the latter a draw of each p(z|k).
     c is the squared error of (x + 1)/2, summed over pixels and channels: it grows with the image.
     """
     errors = ((x[:, None] - x_rec) / 2).square().flatten(2).sum(2)
-    cost, distance = (q * errors).sum(1).mean(), mmd(z_q, q, z_p, torch.full_like(q, 1 / q.shape[1]))
+    cost = (q * errors).sum(1).mean()
+    distance = mmd(z_q, q, z_p, torch.full_like(q, 1 / q.shape[1]))
     return {"loss": cost + mmd_weight * distance, "reconstruction": cost, "mmd": distance}
 
 
 def elbo_loss(x, logits, log_q, mean, log_var, means, std):
     """−ELBO = E_x Σ_k q(k|x) [−log p(x|z_k) + KL(q(z|k,x)‖p(z|k))] + KL(q(k|x)‖Uniform).
 
-    p(x|z) is Bernoulli's of (x + 1)/2, by G's logits (n, K, …), one z_k ~ q(z|k,x) each. x (n, …), log q(k|x)
-    (n, K), the mean and log-variance of q(z|k,x) (n, K, d), the means of p(z|k) (K, d) and its std.
+    z_k ~ q(z|k,x); p(x|z) is Bernoulli's, of (x + 1)/2. x (n, …), G's logits (n, K, …), log q(k|x)
+    (n, K), mean and log-variance of q(z|k,x) (n, K, d), means (K, d) and std of p(z|k).
     """
     q, target = log_q.exp(), (x[:, None] + 1) / 2
     errors = (nn.functional.softplus(logits) - target * logits).flatten(2).sum(2)
@@ -165,7 +166,7 @@ def elbo_loss(x, logits, log_q, mean, log_var, means, std):
 
 
 def moment_loss(mean, log_var, means, std):
-    """How far mean and variance of each q(z|k) = E_x q(z|k,x) are from those of p(z|k): squared, summed."""
+    """Squared distances of means and variances of each q(z|k) = E_x q(z|k,x) and p(z|k), summed."""
     variance = log_var.exp().mean(0) + mean.var(0, correction=0)
     return (mean.mean(0) - means).square().sum() + (variance - std**2).square().sum()
 
@@ -174,31 +175,28 @@ def moment_loss(mean, log_var, means, std):
 
 
 def component_means(config, device=None):
-    """μ_k, (K, z_dim), at distances √2: unit vectors, or for K = z_dim + 1 a regular simplex around 0."""
+    """μ_k, the first K unit vectors: (K, z_dim)."""
     z_dim, components = config.z_dim, config.components or config.z_dim
-    if components > z_dim + 1:
-        raise ValueError(f"--components {components}: --z-dim {z_dim} takes at most {z_dim + 1}")
-    means = torch.eye(components, z_dim, device=device)
     if components > z_dim:
-        means[-1] = (1 - math.sqrt(1 + z_dim)) / z_dim
-        means -= means.mean(0)
-    return means
+        raise ValueError(f"--components {components}: --z-dim {z_dim} takes at most as many")
+    return torch.eye(components, z_dim, device=device)
 
 
 def networks(config):
-    """{"generator": z → x, "encoder": x → q(z|k,x) for each k, "classifier": x → q(k|x)}; or ValueError."""
-    shape, size, z_dim, units = config.shape, math.prod(config.shape), config.z_dim, 8 * config.width
-    components, image = len(component_means(config)), len(config.shape) == 3
-    squash, norm = (nn.Tanh(), nn.BatchNorm1d) if image else (nn.Identity(), nn.Identity)
+    """{"generator": z → x, "encoder": x → each q(z|k,x), "classifier": x → q(k|x)}; or ValueError."""
+    shape, size, z_dim, width = config.shape, math.prod(config.shape), config.z_dim, config.width
+    components, image = len(component_means(config)), len(shape) == 3
+    norm, squash = (nn.BatchNorm1d, nn.Tanh()) if image else (nn.Identity, nn.Identity())
     if config.objective == "vae" and not image:
-        raise ValueError("--objective vae has a likelihood of pixels, none of points; those take wae")
+        raise ValueError("--objective vae has a likelihood of pixels, none of points: take wae")
     if config.network == "mlp":
-        generator = nn.Sequential(mlp(z_dim, size, units, norm=norm, slope=0), nn.Unflatten(1, shape), squash)
-        classifier = mlp(size, components, units, norm=norm, slope=0)
+        decoder = mlp(z_dim, size, 8 * width, norm=norm, slope=0)
+        generator = nn.Sequential(decoder, nn.Unflatten(1, shape), squash)
+        classifier = mlp(size, components, 8 * width, norm=norm, slope=0)
     else:
-        generator = Generator(shape, z_dim, config.width).apply(init_weights)
-        classifier = Encoder(shape, components, config.width, norm=True)
-    parts = [mlp(size, 2 * z_dim, config.width, layers=1, norm=norm, slope=0) for _ in range(components)]
+        generator = Generator(shape, z_dim, width).apply(init_weights)  # else it may lose a component
+        classifier = Encoder(shape, components, width, norm=True)
+    parts = [mlp(size, 2 * z_dim, width, layers=1, norm=norm, slope=0) for _ in range(components)]
     return {"generator": generator, "encoder": nn.ModuleList(parts), "classifier": classifier}
 
 
@@ -226,9 +224,9 @@ def component_codes(nets, x):
 
 
 def encode(nets, x):
-    """x (N, *shape), images in [−1, 1] → z_hat (N, z_dim), the mean of q(z|k,x) for the most probable k."""
-    k = nets["classifier"](x).argmax(1)
-    return component_codes(nets, x)[0][torch.arange(len(x), device=x.device), k]
+    """x (N, *shape) → z_hat (N, z_dim), the mean of q(z|k,x) for the most probable k."""
+    mean, _ = component_codes(nets, x)
+    return mean[torch.arange(len(x), device=x.device), classify(nets, x).argmax(1)]
 
 
 def features(nets, x):
@@ -237,46 +235,44 @@ def features(nets, x):
 
 
 def build(config, train_set, test_set):
-    """Networks, pre-trained, optimisers, one iteration, and pictures; sets (x, y) as load_data's."""
+    """Networks, pre-trained, optimisers, one iteration, pictures; sets (x, y) as load_data's."""
     device, n, (x_train, _) = torch.device(config.device), config.batch_size, train_set
     nets = nn.ModuleDict(networks(config)).to(device, memory_format=torch.channels_last)
     means, std, vae = component_means(config, device), config.prior_std, config.objective == "vae"
-    noise = torch.randn(8 if len(config.shape) == 3 else 500, 1, config.z_dim, device=device)  # for pictures
+    noise = torch.randn(8 if len(config.shape) == 3 else 500, 1, config.z_dim, device=device)
     settings = {"lr": config.lr, "betas": (0.5, 0.999), "fused": True, "capturable": device.type == "cuda"}
     optimizers = {name: torch.optim.Adam(net.parameters(), **settings) for name, net in nets.items()}
-
     if config.init and not config.resume:
         try:
-            weights = torch.load(Path(config.init, "checkpoint.pt"), "cpu", weights_only=True)["networks"]
+            saved = torch.load(Path(config.init, "checkpoint.pt"), "cpu", weights_only=True)
             for name, net in nets.items():
-                net.load_state_dict(weights[name])
-        except Exception:  # what a truncated or foreign file raises has no common class
-            fail(f"--init {config.init}: checkpoint.pt is missing, damaged or of networks unlike these")
-    elif not config.resume:  # each q(z|k) to p(z|k), a phase of its own before step 0
+                net.load_state_dict(saved["networks"][name])
+        except Exception:  # what a damaged or foreign file raises has no common class
+            fail(f"--init {config.init}: checkpoint.pt is missing, damaged or of other networks")
+    elif not config.resume:  # a phase of its own, before step 0
         optimizer = torch.optim.Adam(nets["encoder"].parameters(), 5e-3)
-        for _ in tqdm(range(config.pretrain_steps), "pre-training", disable=None):
-            x = sample_batch(x_train, config.batch_size, device)
+        for _ in trange(config.pretrain_steps, desc="pre-training", disable=None):
+            x = sample_batch(x_train, n, device)
             moment_loss(*component_codes(nets, x), means, std).backward()
             optimizer.step()
             optimizer.zero_grad()
 
     def iteration():
         x = sample_batch(x_train, n, device)
-        log_q, (mean, log_var) = nets["classifier"](x).log_softmax(1), component_codes(nets, x)
-        usage, copies = log_q.exp().mean(0), config.z_samples  # copies of each k, with a sample of z each
-        log_q, centres = log_q.repeat(1, copies) - math.log(copies), means.repeat(copies, 1)
-        mean, log_var = mean.repeat(1, copies, 1), log_var.repeat(1, copies, 1)
+        log_q = nets["classifier"](x).log_softmax(1)
+        mean, log_var = component_codes(nets, x)
         z_q = mean + (log_var / 2).exp() * torch.randn_like(mean)
         x_rec = generate(nets, z_q.flatten(0, 1), logits=vae).unflatten(0, z_q.shape[:2])
         if vae:
-            values = elbo_loss(x, x_rec, log_q, mean, log_var, centres, std)
+            values = elbo_loss(x, x_rec, log_q, mean, log_var, means, std)
         else:
-            z_p = centres + std * torch.randn_like(z_q)
+            z_p = means + std * torch.randn_like(z_q)
             values = wae_loss(x, x_rec, log_q.exp(), z_q, z_p, config.mmd_weight)
         values["loss"].backward()
         for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
+        usage = log_q.exp().mean(0)
         values |= {"usage_min": usage.min(), "usage_max": usage.max()}
         return {name: value.detach() for name, value in values.items()}
 
@@ -418,9 +414,9 @@ def claim(out, step):
     table = out / "metrics.csv"
     if table.exists():  # a killed run logged more than it saved, perhaps half a row
         header, *rows = table.read_text("utf-8-sig").splitlines() or [""]
-        whole = [row for row in rows if row.count(",") == header.count(",")]
-        kept = [row for row in whole if int(row.split(",")[0]) <= step]
-        table.write_text("\n".join([header, *kept, ""]) if kept else "")
+        cells = [row.split(",") for row in rows]
+        kept = [c for c in cells if not c[0].isdecimal() or len(c) > 1 and int(c[0]) <= step]
+        table.write_text("\n".join([header, *map(",".join, kept), ""]) if kept else "")
     return copy
 
 
@@ -489,7 +485,7 @@ def say(text):
     """A line on stderr; if its reader has gone (`2>&1 | head`), the run goes on without."""
     try:
         tqdm.write(str(text), file=sys.stderr)
-    except (AttributeError, OSError, ValueError):
+    except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")
 
 
@@ -544,13 +540,13 @@ def parse_args(argv=None, saved=None):
 
 def main(argv=None):
     """Train as the flags say. A user's mistake is one line and exit code 2; a bug, a traceback."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed, as by 2>&-
     config, saved, parts = parse_args(argv), None, None
     try:
         if config.resume:
             saved, config = load_checkpoint(config, argv)
             if saved["step"] >= config.steps:
-                print(f"{config.out} is finished, at step {saved['step']}; more --steps go on")
-                return
+                fail(f"{config.out} is finished, at step {saved['step']}; more --steps go on", 0)
         elif any(Path(config.out).glob("*")):
             raise ValueError(f"{config.out} is not empty: --resume it, or choose another --out")
         if dist.is_torchelastic_launched():

@@ -1,10 +1,8 @@
 """gm_wae.py: kernel, MMD and both objectives in float64 against loops; the prior; pre-training; --init."""
 
-import csv
 import math
 from argparse import Namespace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +12,8 @@ from torch.testing import assert_close
 import gm_wae
 
 SCALES = (0.1, 0.2, 0.5, 1, 2, 5, 10)
-POINTS = [
-    "--dataset",
-    "ring",
-    "--device",
-    "cpu",
-    "--width",
-    "2",
-    "--batch-size",
-    "4",
-    "--pretrain-steps",
-    "3",
-]
+TINY = ["--dataset", "ring", "--device", "cpu", "--width", "2", "--batch-size", "4", "--log-every", "1"]
+TINY += ["--pretrain-steps", "3"]
 
 
 def normal(*shape):
@@ -58,6 +46,22 @@ def test_kernel_is_the_sum_over_scales(c):
         squared = sum((a[i, d] - b[j, d]) ** 2 for d in range(3))
         expected[i, j] += c * s / (c * s + squared)
     assert_close(gm_wae.imq_kernel(a, b, c), expected, atol=1e-12, rtol=0)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_kernel_on_cuda_is_the_same_without_cdist(monkeypatch):
+    a, b = normal(5, 3).requires_grad_(), normal(4, 3)
+    expected = gm_wae.imq_kernel(a, b, 0.7)
+    monkeypatch.setattr(torch, "cdist", None)
+    kernel = gm_wae.imq_kernel(a.as_subclass(OnCuda), b, 0.7).as_subclass(torch.Tensor)
+    assert_close(kernel, expected)
+    found, wanted = (torch.autograd.grad(k.square().sum(), a)[0] for k in (kernel, expected))
+    assert_close(found, wanted)
 
 
 def test_kernel_of_a_point_with_itself_is_the_number_of_scales():
@@ -238,28 +242,6 @@ def test_elbo_is_exact_where_the_posterior_is():
         assert_close(torch.stack(kl), torch.zeros(2).double(), atol=1e-12, rtol=0)
 
 
-def test_elbo_bounds_the_evidence_of_a_toy():
-    """One pixel, p(x = 1|z) = sigmoid(3z), two components: true for any q, close for a good one."""
-    means, std = torch.tensor([[-1.0], [1.0]]).double(), 0.5
-    grid = torch.linspace(-6, 6, 4001).double()
-    density = torch.stack([torch.distributions.Normal(m, std).log_prob(grid).exp() for m in means[:, 0]]) / 2
-    evidence = (density.sum(0) * (3 * grid).sigmoid()).sum() * (grid[1] - grid[0])  # of x = 1
-    share = (density * (3 * grid).sigmoid()).sum(1)
-    share = share / share.sum()  # p(k|x = 1)
-    n = 20_000
-    good = (share.log(), torch.tensor([[-0.72], [1.03]]), torch.tensor([[0.40], [0.47]]))
-    poor = (torch.tensor([0.5, 0.5]).log(), means, torch.tensor([[0.5], [0.5]]))
-    gaps = []
-    for log_q, mean, deviation in (good, poor):
-        mean, log_var = mean.double().expand(n, 2, 1), 2 * deviation.double().log().expand(n, 2, 1)
-        z = mean + (log_var / 2).exp() * normal(n, 2, 1)
-        x = torch.ones(n, 1).double()
-        log_q = log_q.double().expand(n, 2)
-        loss = gm_wae.elbo_loss(x, 3 * z, log_q, mean, log_var, means, std)["loss"]
-        gaps.append((loss + evidence.log()).item())
-    assert -0.01 < gaps[0] < 0.05 and gaps[1] > 0.3
-
-
 def test_elbo_is_finite_where_q_of_k_is_certain_and_logits_are_large():
     x, logits, _, mean, log_var, means, std = elbo_inputs()
     scores = torch.tensor([[800.0, 0, 0]]).double().expand(4, 3).clone().requires_grad_()
@@ -279,24 +261,18 @@ def test_logits_belong_to_the_pictures(configure):
         logits = gm_wae.generate(nets, z, logits=True)
         assert logits.shape == (4, *shape)
         assert_close(logits.sigmoid(), (gm_wae.generate(nets, z) + 1) / 2)
-        with torch.no_grad():
-            list(nets["generator"].parameters())[-1].fill_(1000.0)
-        assert_close(gm_wae.generate(nets, z, logits=True).min().item(), 2000.0, rtol=0.1, atol=0)
+        for weight in nets["generator"].parameters():
+            weight.data *= 10
+        assert gm_wae.generate(nets, z, logits=True).abs().max() > 100  # 1 − tanh² is 0 long before
 
 
 # Prior
 
 
-@pytest.mark.parametrize("z_dim, components", [(4, 4), (5, 2), (3, 4), (1, 2), (2, 3), (10, 11), (3, 1)])
-def test_component_means_are_at_equal_distances(z_dim, components):
+@pytest.mark.parametrize("z_dim, components", [(4, 4), (5, 2), (3, 1)])
+def test_component_means_are_unit_vectors(z_dim, components):
     means = gm_wae.component_means(settings(z_dim=z_dim, components=components))
-    assert means.shape == (components, z_dim)
-    distances = torch.cdist(means, means)
-    assert_close(distances, math.sqrt(2) * (1 - torch.eye(components)), atol=1e-5, rtol=0)
-    if components <= z_dim:
-        assert torch.equal(means, torch.eye(z_dim)[:components])
-    else:
-        assert_close(means.mean(0), torch.zeros(z_dim), atol=1e-6, rtol=0)
+    assert torch.equal(means, torch.eye(z_dim)[:components])
 
 
 def test_there_are_as_many_components_as_dimensions_unless_told():
@@ -304,17 +280,13 @@ def test_there_are_as_many_components_as_dimensions_unless_told():
     assert gm_wae.parse_args(["--device", "cpu"]).z_dim == 10
 
 
-def test_too_many_components_are_refused(configure, capsys):
-    with pytest.raises(ValueError, match="--components 7.* 6$") as error:
+def test_too_many_components_are_refused(configure):
+    with pytest.raises(ValueError, match="--components 7: --z-dim 5") as error:
         gm_wae.networks(configure(gm_wae, [1, 32, 32], "--components", 7))
     assert "\n" not in str(error.value)
-    with pytest.raises(SystemExit) as stopped:
-        gm_wae.main(["--dataset", "mnist", "--data-dir", "/nowhere", "--components", "12", "--device", "cpu"])
-    assert stopped.value.code == 2
-    assert "--components 12" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("z_dim, components", [(4, 4), (3, 2), (3, 4)])
+@pytest.mark.parametrize("z_dim, components", [(4, 4), (3, 2)])
 def test_prior(z_dim, components):
     config, n = settings(z_dim=z_dim, components=components, prior_std=0.1), 12_000
     means, z = gm_wae.component_means(config), gm_wae.draw_z(n, config, "cpu")
@@ -323,65 +295,49 @@ def test_prior(z_dim, components):
     counts = torch.bincount(k, minlength=components) / n
     assert_close(counts, torch.full((components,), 1 / components), atol=5 * 0.5 / n**0.5, rtol=0)
     for i in range(components):
-        for draws in (z[k == i], gm_wae.draw_z(n // components, config, "cpu", component=i)):
+        for draws in (z[k == i], gm_wae.draw_z(n // components, config, "cpu", label=i)):
             error = 5 * 0.1 / len(draws) ** 0.5
             assert_close(draws.mean(0), means[i], atol=error, rtol=0)
             assert_close(draws.std(0), torch.full((z_dim,), 0.1), atol=error, rtol=0)
             assert_close(torch.corrcoef(draws.T), torch.eye(z_dim), atol=5 / len(draws) ** 0.5, rtol=0)
-    assert not torch.equal(gm_wae.draw_z(5, config, "cpu"), z[:5])
-    assert gm_wae.draw_z(2, config, torch.device("meta")).device.type == "meta"
 
 
 def test_what_iteration_draws(start, monkeypatch):
-    """Codes from q(z|k,x), and as many of each component of the prior; with --z-samples 2 two of each."""
-    found, seen = start(gm_wae, [1, 8, 8], "--z-samples", 2, "--pretrain-steps", 0), []
+    """For each x a code of every q(z|k,x), with weight q(k|x), and a draw of every component, with 1/K."""
+    found, seen = start(gm_wae, [1, 8, 8], "--pretrain-steps", 0), []
     mean, log_var = torch.randn(6, 5, 5), torch.full((6, 5, 5), 2 * math.log(0.7))
     monkeypatch.setattr(gm_wae, "component_codes", lambda nets, x: (mean, log_var))
     monkeypatch.setattr(gm_wae, "mmd", lambda *args: seen.append(args) or args[1].sum() * 0)
     for _ in range(100):
         found.iteration()
     z_q, w_q, z_p, w_p = (torch.stack(part).detach() for part in zip(*seen, strict=True))
-    assert z_q.shape == z_p.shape == (100, 6, 10, 5) and w_q.shape == w_p.shape == (100, 6, 10)
-    assert_close(w_p, torch.full((100, 6, 10), 0.1))
+    assert z_q.shape == z_p.shape == (100, 6, 5, 5) and w_q.shape == w_p.shape == (100, 6, 5)
+    assert_close(w_p, torch.full((100, 6, 5), 0.2))
     assert_close(w_q.sum(2), torch.ones(100, 6))
-    assert torch.equal(w_q[..., :5], w_q[..., 5:])
-    means, std = gm_wae.component_means(found.config).repeat(2, 1), found.config.prior_std
-    for noise in ((z_q - mean.repeat(1, 2, 1)) / 0.7, (z_p - means) / std):
-        assert_close(noise.mean(0), torch.zeros(6, 10, 5), atol=0.5, rtol=0)
+    means, std = gm_wae.component_means(found.config), found.config.prior_std
+    for noise in ((z_q - mean) / 0.7, (z_p - means) / std):
+        assert_close(noise.mean(0), torch.zeros(6, 5, 5), atol=0.5, rtol=0)
         assert_close(noise.std(), torch.tensor(1.0), atol=0.03, rtol=0)
         pairs = noise.flatten(2).flatten(0, 1)  # each of its numbers is drawn by itself
-        assert_close(torch.corrcoef(pairs.T), torch.eye(50), atol=0.25, rtol=0)
+        assert_close(torch.corrcoef(pairs.T), torch.eye(25), atol=0.25, rtol=0)
 
 
 # Networks
 
 
-@pytest.mark.parametrize(
-    "shape, network",
-    [(s, n) for s in ([1, 8, 8], [3, 16, 16]) for n in ("conv", "mlp")] + [([2], "mlp"), ([3, 7, 7], "mlp")],
-    ids=str,
-)
-def test_shapes(shape, network, configure):
-    config = configure(gm_wae, shape, "--network", network, "--components", 3)
-    nets = gm_wae.networks(config)
-    assert list(nets) == ["generator", "encoder", "classifier"]
+@pytest.mark.parametrize("shape, network", [([3, 8, 8], "conv"), ([3, 7, 7], "mlp"), ([2], "mlp")], ids=str)
+def test_codes(shape, network, configure):
+    """The code of x is the mean of q(z|k,x) for its most probable k."""
+    nets = gm_wae.networks(configure(gm_wae, shape, "--network", network, "--components", 3))
     for net in nets.values():
         net.eval()
-    for n in (4, 1):
-        x, z = torch.rand(n, *shape) * 2 - 1, gm_wae.draw_z(n, config, "cpu")
-        assert gm_wae.generate(nets, z).shape == (n, *shape)
-        mean, log_var = gm_wae.component_codes(nets, x)
-        assert mean.shape == log_var.shape == (n, 3, 5)
-        q = gm_wae.component_probabilities(nets, x)
-        assert q.shape == (n, 3)
-        assert_close(q.sum(1), torch.ones(n))
-        code = gm_wae.encode(nets, x)
-        assert code.shape == (n, 5)
-        for i in range(n):
-            assert_close(code[i], mean[i, q[i].argmax()])
-        hidden = gm_wae.features(nets, x)
-        assert hidden.ndim == 2 and len(hidden) == n
-        assert_close(nets["classifier"][-1](hidden).softmax(1), q)
+    x = torch.rand(4, *shape) * 2 - 1
+    mean, log_var = gm_wae.component_codes(nets, x)
+    assert mean.shape == log_var.shape == (4, 3, 5)
+    q, code = gm_wae.classify(nets, x), gm_wae.encode(nets, x)
+    for i in range(4):
+        assert_close(code[i], mean[i, q[i].argmax()])
+    assert_close(nets["classifier"][-1](gm_wae.features(nets, x)).softmax(1), q)
 
 
 def test_each_component_has_a_network_of_its_own(configure):
@@ -401,64 +357,62 @@ def test_points_take_no_likelihood_of_pixels(configure):
 # Training
 
 
-@pytest.mark.parametrize("objective", ["wae", "vae"])
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("network", ["conv", "mlp"])
-def test_iteration(objective, samples, network, start):
-    flags = ["--objective", objective, "--z-samples", samples, "--network", network, "--pretrain-steps", 2]
-    found = start(gm_wae, [3, 8, 8], *flags)
-    for _ in range(3):
-        metrics = found.iteration()
-    terms = {"wae": ["mmd"], "vae": ["kl_z", "kl_k"]}[objective]
+@pytest.mark.parametrize("objective, terms", [("wae", ["mmd"]), ("vae", ["kl_z", "kl_k"])])
+def test_numbers_of_an_iteration(objective, terms, start):
+    found = start(gm_wae, [3, 8, 8], "--objective", objective, "--pretrain-steps", 2)
+    metrics = found.iteration()
     assert list(metrics) == ["loss", "reconstruction", *terms, "usage_min", "usage_max"]
-    for value in metrics.values():
-        assert value.shape == () and not value.requires_grad and value.isfinite()
-    total = metrics["reconstruction"] + sum(metrics[name] for name in terms) * (
-        found.config.mmd_weight if objective == "wae" else 1
-    )
+    weight = found.config.mmd_weight if objective == "wae" else 1
+    total = metrics["reconstruction"] + weight * sum(metrics[name] for name in terms)
     assert_close(metrics["loss"], total)
     assert 0 <= metrics["usage_min"] <= 1 / 5 <= metrics["usage_max"] <= 1
-    assert [name for name, *_ in found.updates] == ["generator", "encoder", "classifier"] * 3
-    assert all(weight.grad is None for weight in found.nets.parameters())
-    for name, before, after in found.updates:
-        for other in before:
-            changed = [not torch.equal(a, b) for a, b in zip(before[other][0], after[other][0], strict=True)]
-            assert all(changed) if other == name else not any(changed)
 
 
 @pytest.mark.parametrize("objective", ["wae", "vae"])
-def test_iteration_reads_no_number_from_the_device(objective, start, monkeypatch):
-    """As a CUDA graph asks: nothing in it waits for a value, or branches on one."""
-    found = start(gm_wae, [1, 8, 8], "--objective", objective, "--z-samples", 2, "--pretrain-steps", 0)
-    with monkeypatch.context() as patch:
-        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
-            patch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(name))
-        metrics = found.iteration()
-    assert all(value.isfinite() for value in metrics.values())
-
-
-def test_z_samples_change_no_expectation(configure):
-    """S samples of each component are S copies of it of weight 1/S: every term keeps its mean, kl exactly."""
-    x, logits, log_q, mean, log_var, means, std = elbo_inputs()
-    copied = [log_q.repeat(1, 3) - math.log(3), *(part.repeat(1, 3, 1) for part in (mean, log_var))]
-    logits = logits.repeat(1, 3, 1, 1, 1)
-    one = gm_wae.elbo_loss(x, logits[:, :3], log_q, mean, log_var, means, std)
-    assert_close(gm_wae.elbo_loss(x, logits, *copied, means.repeat(3, 1), std), one)
+def test_gradients_are_those_of_the_objective(objective, start, monkeypatch):
+    """Worked out again from what was drawn: all three networks get the gradient of the whole loss."""
+    found = start(gm_wae, [1, 8, 8], "--objective", objective, "--pretrain-steps", 2)
+    nets, config = found.nets, found.config
+    found.draws["x"].clear()
+    rng = torch.get_rng_state()
+    metrics = found.iteration()
+    (x,) = found.draws["x"]
+    for name, net in nets.items():
+        for weight, old in zip(net.parameters(), found.initial[name][0], strict=True):
+            weight.data.copy_(old)
+    torch.set_rng_state(rng)
+    gm_wae.sample_batch(found.x_train, len(x))  # drawn before the codes
+    q = nets["classifier"](x).softmax(1)
+    mean, log_var = gm_wae.component_codes(nets, x)
+    z_q = mean + (log_var / 2).exp() * torch.randn_like(mean)
+    z_p = gm_wae.component_means(config) + config.prior_std * torch.randn_like(mean)
+    flat = z_q.flatten(0, 1)
+    if objective == "wae":
+        x_rec = gm_wae.generate(nets, flat).view(6, 5, 1, 8, 8)
+        errors = ((x[:, None] - x_rec) ** 2).sum((2, 3, 4)) / 4
+        w_p = torch.full_like(q, 1 / 5)
+        loss = (q * errors).sum(1).mean() + config.mmd_weight * gm_wae.mmd(z_q, q, z_p, w_p)
+    else:
+        logits = gm_wae.generate(nets, flat, logits=True).view(6, 5, 1, 8, 8)
+        means, std = gm_wae.component_means(config), config.prior_std
+        loss = gm_wae.elbo_loss(x, logits, q.log(), mean, log_var, means, std)["loss"]
+    assert_close(metrics["loss"], loss.detach(), rtol=1e-4, atol=0)
+    weights = list(nets.parameters())
+    seen = [grad for name, before, _ in found.updates for grad in before[name][1]]
+    for grad, wanted in zip(seen, torch.autograd.grad(loss, weights), strict=True):
+        assert_close(grad, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item() + 1e-6)
 
 
 @pytest.mark.parametrize("shape", [[1, 8, 8], [2]], ids=str)
 def test_pictures(shape, start, monkeypatch):
-    """The columns of a picture are the components; neither the statistics nor any random number moves."""
+    """The columns of a picture are the components, a row has one noise, halved in components-half."""
     found = start(gm_wae, shape, "--pretrain-steps", 0, "--components", 3)
     means = gm_wae.component_means(found.config)
     found.nets.eval()
     codes, fixed_z = [], gm_wae.draw_z(64, found.config, "cpu")
     monkeypatch.setattr(gm_wae, "generate", lambda nets, z: codes.append(z) or nets["generator"](z))
-    state, before = torch.get_rng_state(), [part.clone() for part in found.nets.state_dict().values()]
     with torch.no_grad():
         grids = found.pictures(fixed_z)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(a, b) for a, b in zip(before, found.nets.state_dict().values(), strict=True))
     assert list(grids) == ["samples", "reconstructions", "components", "components-half"]
     rows = 8 if len(shape) == 3 else 500
     whole, half = (z.unflatten(0, (rows, 3)) - means for z in codes[-2:])
@@ -479,18 +433,17 @@ def matched(config, nets, x):
     return max(far.item(), (z.std((0, 1)) - config.prior_std).abs().max().item())
 
 
-@pytest.mark.parametrize("shape", [[1, 8, 8], [2]], ids=str)
-def test_pretraining_takes_every_component_to_its_prior(shape, start):
-    x = torch.randint(256, (64, *shape), dtype=torch.uint8) if len(shape) == 3 else torch.randn(64, 2)
+def test_pretraining_takes_every_component_to_its_prior(start):
+    x = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8)
     flags, far = ["--batch-size", 64, "--components", 4, "--prior-std", 0.5], {}
-    for steps in (0, 700):
-        found = start(gm_wae, shape, *flags, "--pretrain-steps", steps, x_train=x)
+    for steps in (0, 500):
+        found = start(gm_wae, [1, 8, 8], *flags, "--pretrain-steps", steps, x_train=x)
         far[steps] = matched(found.config, found.nets, gm_wae.as_float(x))
         torch.manual_seed(found.config.seed)
         for name, net in gm_wae.networks(found.config).items():  # the others are as they were
             if name != "encoder":
                 assert same(dict(net.state_dict()), dict(found.nets[name].state_dict()))
-    assert far[0] > 0.5 and far[700] < 0.15
+    assert far[0] > 0.5 and far[500] < 0.2
 
 
 def test_moments_are_those_of_the_mixture_over_x():
@@ -510,7 +463,7 @@ def test_moments_are_those_of_the_mixture_over_x():
 
 
 def load(out):
-    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+    return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
 def same(a, b):
@@ -522,59 +475,43 @@ def same(a, b):
 
 
 def train(*flags):
-    gm_wae.main([*POINTS, *map(str, flags)])
+    gm_wae.main([*TINY, *map(str, flags)])
 
 
-def test_a_run_resumes_bit_for_bit_and_pretrains_once(tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_and_pretrains_once(tmp_path, monkeypatch):
+    """Also if it was killed in its first step: step 0 holds the pre-trained networks."""
     calls, moment_loss = [], gm_wae.moment_loss
     monkeypatch.setattr(gm_wae, "moment_loss", lambda *args: calls.append(0) or moment_loss(*args))
-    train("--steps", 6, "--log-every", 1, "--out", tmp_path / "whole")
+    train("--steps", 6, "--out", tmp_path / "whole")
     assert len(calls) == 3
-    train("--steps", 2, "--log-every", 1, "--out", tmp_path / "parts")
-    torch.rand(5)
-    gm_wae.main(["--resume", str(tmp_path / "parts"), "--steps", "6", "--device", "cpu"])
-    assert len(calls) == 6
-    assert same(load(tmp_path / "whole"), load(tmp_path / "parts"))
-    for name in ("metrics.csv", *(f"{n}/0000006.png" for n in ("components", "components-half", "samples"))):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-    with open(tmp_path / "whole" / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["step", "loss", "reconstruction", "mmd", "usage_min", "usage_max"]
-
-
-def test_step_0_holds_the_pretrained_networks(tmp_path, monkeypatch):
-    """Killed in its first step, a run goes on without pre-training again."""
-    run = gm_wae.run
-
-    def killed(config, nets, optimizers, iteration, *others):
-        return run(config, nets, optimizers, lambda: 1 / 0, *others)
-
+    train("--steps", 2, "--out", tmp_path / "parts")
     with monkeypatch.context() as patch:
-        patch.setattr(gm_wae, "run", killed)
+        patch.setattr(gm_wae, "wae_loss", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train("--steps", 4, "--out", tmp_path / "run")
-    assert load(tmp_path / "run")["step"] == 0
-    monkeypatch.setattr(gm_wae, "moment_loss", None)
-    gm_wae.main(["--resume", str(tmp_path / "run"), "--device", "cpu"])
-    monkeypatch.undo()
-    train("--steps", 4, "--out", tmp_path / "whole")
-    assert same(load(tmp_path / "run"), load(tmp_path / "whole"))
+            train("--steps", 6, "--out", tmp_path / "killed")
+    assert len(calls) == 9 and load(tmp_path / "killed")["step"] == 0
+    for out in (tmp_path / "parts", tmp_path / "killed"):
+        torch.rand(5)
+        gm_wae.main(["--resume", str(out), "--steps", "6", "--device", "cpu"])
+        assert same(load(tmp_path / "whole"), load(out))
+        for name in ("components", "components-half", "samples"):
+            path = f"{name}/0000006.png"
+            assert (tmp_path / "whole" / path).read_bytes() == (out / path).read_bytes()
+    assert len(calls) == 9
 
 
 def test_init_starts_from_another_runs_networks(tmp_path, monkeypatch):
     train("--steps", 2, "--out", tmp_path / "first")
+    first = load(tmp_path / "first")
     monkeypatch.setattr(gm_wae, "moment_loss", None)  # without pre-training
-
-    def stopped(config, nets, *others):
-        for name, net in nets.items():
-            assert same(dict(net.state_dict()), dict(first["networks"][name]))
-        run(config, nets, *others)
-
-    first, run = load(tmp_path / "first"), gm_wae.run
-    with monkeypatch.context() as patch:
-        patch.setattr(gm_wae, "run", stopped)
-        train("--steps", 3, "--init", tmp_path / "first", "--seed", 5, "--out", tmp_path / "second")
+    config = gm_wae.parse_args([*TINY, "--init", str(tmp_path / "first"), "--seed", "5"])
+    config.shape, config.classes = [2], 8
+    points = torch.randn(50, 2), None
+    nets, *_ = gm_wae.build(config, points, points)
+    for name, net in nets.items():
+        assert same(dict(net.state_dict()), dict(first["networks"][name]))
     # It resumes without the first run.
+    train("--steps", 3, "--init", tmp_path / "first", "--out", tmp_path / "second")
     (tmp_path / "first" / "checkpoint.pt").unlink()
     gm_wae.main(["--resume", str(tmp_path / "second"), "--steps", "5", "--device", "cpu"])
     assert load(tmp_path / "second")["step"] == 5
@@ -605,11 +542,10 @@ def test_a_wrong_init_gets_one_line(wrong, tmp_path, capsys):
 
 
 def test_a_gm_vae_starts_from_a_gm_wae(tmp_path):
-    flags = ["--dataset", "glyphs", "--image-size", 8, "--z-dim", 3, "--steps", 2, "--sample-every", 1]
+    flags = ["--dataset", "glyphs", "--image-size", 8, "--z-dim", 3, "--steps", 1]
     train(*flags, "--out", tmp_path / "wae")
     train(*flags, "--objective", "vae", "--init", tmp_path / "wae", "--out", tmp_path / "vae")
     header = "step,loss,reconstruction,kl_z,kl_k,usage_min,usage_max"
-    train(*flags, "--objective", "vae", "--log-every", 1, "--out", tmp_path / "alone")
-    assert (tmp_path / "alone" / "metrics.csv").read_text().startswith(header)
-    pictures = sorted(path.parent.name for path in (tmp_path / "vae").glob("*/0000002.png"))
+    assert (tmp_path / "vae" / "metrics.csv").read_text().startswith(header)
+    pictures = sorted(path.parent.name for path in (tmp_path / "vae").glob("*/0000001.png"))
     assert pictures == ["components", "components-half", "reconstructions", "samples"]
