@@ -11,7 +11,7 @@
 #     OUT           docs/gpu   tables and pictures, from where docs/speed.md and docs/results.md take them
 #     RUNS          runs/gpu   the runs
 #     SEEDS         0 1 2      of the runs; all models with the first, then all with the next
-#     MODELS        all
+#     MODELS        all of commands.txt, which has their flags, too
 #     STEPS         20000      of each run
 #     BENCH_SECONDS 2          for each of bench's figures
 #     FLAGS                    more flags, for bench and for the runs
@@ -26,7 +26,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda} data=${DATA:-data} out=${OUT:-docs/gpu} runs=${RUNS:-runs/gpu}
 read -ra extra <<< "${FLAGS:-}"
-models=${MODELS:-$(python -c "from tools import sync; print(*(m for m in sync.MODELS if (sync.ROOT / f'{m}.py').exists()))")}
+commands=experiments/commands.txt
+models=${MODELS:-$(grep -v '^#' $commands | cut -d' ' -f1)}
 deadline=$((SECONDS + 60 * ${MINUTES:-25}))
 failed=0
 
@@ -37,8 +38,12 @@ left() { echo $((deadline - SECONDS)); } # seconds
 limited() { # RESERVE COMMAND…: it has until the deadline less some seconds; 124 if that was too little
     local room=$(($(left) - $1))
     [ "$room" -gt 0 ] || return 124
-    timeout --signal=TERM --kill-after=30 "$room" "${@:2}"
+    timeout --signal=TERM --kill-after=30 "$room" "${@:2}" &
+    child=$!
+    wait $child
 }
+child=
+trap 'kill -TERM $child; wait $child; exit 130' INT TERM # a run in progress saves before it ends
 
 complain() { # STATUS WHAT
     if [ "$1" = 124 ]; then
@@ -51,10 +56,16 @@ complain() { # STATUS WHAT
 
 tests() {
     [ ! -e "$out/tests.txt" ] || return 0
-    limited 0 python -W ignore::DeprecationWarning -m pytest -m cuda tests/test_cuda.py --durations 10 2>&1 |
-        tee "$out/tests-unfinished.txt"
-    local status=${PIPESTATUS[0]}
-    [ "$status" = 0 ] && mv "$out/tests-unfinished.txt" "$out/tests.txt" || complain "$status" tests
+    limited 0 python -W ignore::DeprecationWarning -m pytest -m cuda tests/test_cuda.py --durations 10 \
+        > >(tee "$out/tests-unfinished.txt") 2>&1
+    local status=$?
+    if [ "$status" = 0 ] && [ "$device" != cuda ]; then
+        say "tests: without a GPU all are skipped"
+    elif [ "$status" = 0 ]; then
+        mv "$out/tests-unfinished.txt" "$out/tests.txt"
+    else
+        complain "$status" tests
+    fi
 }
 
 bench() {
@@ -87,17 +98,15 @@ train() {
         for model in $models; do
             run=$runs/$model-$seed
             [ ! -e "$run/finished" ] || continue
-            case $model in
-            bigan | gm_wae) flags="--network mlp" ;; # as in docs/results.md
-            *) flags= ;;
-            esac
             say "$model, seed $seed"
+            flags=$(sed -n "s/^$model //p" $commands | cut -d'|' -f1)
             begun=$SECONDS
             if [ -e "$run/checkpoint.pt" ]; then
                 limited "$reserve" python "$model.py" --resume "$run" --device "$device" --data-dir "$data"
             else
-                limited "$reserve" python "$model.py" --dataset mnist --data-dir "$data" --device "$device" \
-                    --seed "$seed" --out "$run" --steps "${STEPS:-20000}" $flags ${extra[@]+"${extra[@]}"}
+                # flags, without quotes, is several words
+                limited "$reserve" python "$model.py" $flags --data-dir "$data" --device "$device" \
+                    --seed "$seed" --out "$run" --steps "${STEPS:-20000}" ${extra[@]+"${extra[@]}"}
             fi
             status=$?
             echo "$model,$seed,$((SECONDS - begun)),$status" >> "$out/train.csv"
@@ -119,7 +128,7 @@ evaluate() {
             [ -e "$run/finished" ] || continue
             finished+=("$run")
             for kind in samples reconstructions; do
-                [ ! -d "$run/$kind" ] || cp "$(ls -d "$run/$kind"/* | tail -1)" "$out/$model-$seed-$kind.png"
+                [ ! -d "$run/$kind" ] || cp "$(ls "$run/$kind"/* | tail -1)" "$out/$model-$seed-$kind.png"
             done
         done
     done
@@ -130,14 +139,21 @@ evaluate() {
     python -c "import matplotlib, umap" 2> /dev/null && report=(--report "$out/report")
     [ -z "${SAMPLES:-}" ] || report+=(--n "$SAMPLES")
     limited 0 python -m tools.evaluate "${finished[@]}" --data-dir "$data" --device "$device" \
-        ${report[@]+"${report[@]}"} | tee "$out/results-unfinished.txt"
-    status=${PIPESTATUS[0]}
-    [ "$status" = 0 ] && mv "$out/results-unfinished.txt" "$out/results.txt" || complain "$status" evaluation
+        ${report[@]+"${report[@]}"} > >(tee "$out/results-unfinished.txt")
+    status=$?
+    if [ "$status" = 0 ]; then
+        mv "$out/results-unfinished.txt" "$out/results.txt"
+    else
+        complain "$status" evaluation
+    fi
 }
 
 parts=${*:-tests bench train evaluate}
 for part in $parts; do
-    [[ " tests bench train evaluate " == *" $part "* ]] || { echo "$part: no part; see $0" >&2 && exit 2; }
+    if [[ " tests bench train evaluate " != *" $part "* ]]; then
+        echo "$part is no part; they are: tests bench train evaluate" >&2
+        exit 2
+    fi
 done
 mkdir -p "$out" "$runs"
 python - "$device" > "$out/machine.txt" << 'END'

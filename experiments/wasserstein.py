@@ -242,15 +242,13 @@ def depth(steps, path):
 # Section 4.3 of WGAN
 
 
-def trained_by(rule, lr, steps):
-    """wgan.py on glyphs of 16 pixels with this rule for its critic: W in each step, and the cosine between
-    each of the critic's updates, before the clipping, and its gradient downhill.
+def trained_by(rule, config, sets, steps):
+    """wgan.py on these sets with this rule for its critic: W in each step, and the cosine between each of
+    the critic's updates, before the clipping, and its gradient downhill.
     """
-    flags = ["--lr", str(lr), "--width", "8", "--image-size", "16", "--device", "cpu"]
-    config = wgan.parse_args(flags)
-    nets, optimizers, iteration, _ = wgan.build(config, *load_sets(config))
+    nets, optimizers, iteration, _ = wgan.build(config, *sets)
     weights, before, cosines = list(nets["critic"].parameters()), [], []
-    optimizers["critic"] = rule(weights, lr)
+    optimizers["critic"] = rule(weights, config.lr)
 
     def flat(tensors):
         return torch.cat([tensor.detach().flatten() for tensor in tensors])
@@ -274,9 +272,12 @@ def momentum(steps, path):
     """
     rows = [["critic's rule", "learning rate", "W, greatest", "W, at last", "cosine", "cosine < 0"]]
     figure, panels = figures.axes(1, len(LRS))
+    config = wgan.parse_args(["--width", "8", "--image-size", "16", "--device", "cpu"])
+    sets = load_sets(config)
     for panel, lr in zip(panels, LRS, strict=True):
+        config.lr = lr
         for name, rule in RULES.items():
-            w, cosines = trained_by(rule, lr, steps)
+            w, cosines = trained_by(rule, config, sets, steps)
             tenth, cosines = max(1, steps // 10), torch.tensor(cosines)
             w = torch.tensor(w).unfold(0, tenth, 1).median(1)[0]
             row = [name, f"{lr:g}", f"{w.max():.4f}", f"{w[-1]:.4f}", f"{cosines.mean():.2f}"]

@@ -1,8 +1,9 @@
-"""tools.study: the same networks in every model, gradients that are those of the step, tables and words."""
+"""experiments.study and .along: gradients that are those of the step, chunks, tables, commands and words."""
 
 import os
 import re
 import signal
+import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -17,7 +18,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tools import history, study
+from experiments import along, study, training
+from tools import classifier, evaluation, report, sync
 
 FLAGS = ["--dataset", "grid", "--width", "2", "--batch-size", "8", "--log-every", "1"]
 SMALL = study.Study({"wbli": 3, "wgan_gp": 2}, FLAGS, ["modes", "reconstruction"], 50, (1e-3, 2e-3), 2)
@@ -31,8 +33,8 @@ def small(monkeypatch):
 
 def done(model, lr=1e-3, seed=0, step=9, **metrics):
     """A run of nine steps, stopped at `step`, and its evaluation."""
-    config = Namespace(model=model, lr=lr, seed=seed, steps=9)
-    run = SimpleNamespace(config=config, step=step, path=Path(f"{model}-{lr:g}-{seed}"))
+    config = Namespace(lr=lr, seed=seed, steps=9)
+    run = SimpleNamespace(name=model, config=config, step=step, path=Path(f"{model}-{lr:g}-{seed}"))
     references = {"real data": {"diversity": 0.5}}
     return run, {"dataset": "mnist", "metrics": metrics, "references": references}
 
@@ -40,47 +42,11 @@ def done(model, lr=1e-3, seed=0, step=9, **metrics):
 # Training
 
 
-@pytest.mark.parametrize("shape, network", [([1, 16, 16], "conv"), ([1, 16, 16], "mlp"), ([2], "mlp")])
-def test_all_models_have_the_same_networks(shape, network):
-    """With the same initial weights; WGAN-GP's critic has the layers of WBLI's encoder and one score."""
-    found, x, z = {}, torch.randn(3, *shape), torch.randn(3, 5)
-    with study.prepared(study.STUDIES["points"]):
-        for model in ("wbli", "bigan", "wgan_gp"):
-            module = import_module(model)
-            flags = ["--width", "4", "--z-dim", "5", "--network", network, "--device", "cpu"]
-            config = module.parse_args(flags)
-            config.shape = shape
-            torch.manual_seed(0)
-            nets = found[model] = module.networks(config)
-            assert module.generate(nets, z).shape == x.shape
-            if model != "wgan_gp":
-                assert module.encode(nets, x).shape == z.shape and len(module.features(nets, x)) == 3
-    wbli, bigan, wgan_gp = found["wbli"], found["bigan"], found["wgan_gp"]
-    pairs = [(nets["generator"], wbli["generator"]) for nets in (bigan, wgan_gp)]
-    pairs += [(bigan["encoder"][0], wbli["encoder"]), (bigan["discriminator"], wbli["critic"])]
-    for net, of_wbli in pairs:
-        assert str(net) == str(of_wbli)
-        assert_close(dict(net.named_parameters()), dict(of_wbli.named_parameters()), rtol=0, atol=0)
-    assert bigan["encoder"](100 * x).abs().max() <= 1
-    assert wgan_gp["critic"](x).shape == (3,) and wgan_gp.keys() == {"generator", "critic"}
-    encoder = str(wbli["encoder"]).splitlines()[1:-2]  # but for its last layer, to z
-    critic = [line[2:] for line in str(wgan_gp["critic"]).splitlines()[2 : 2 + len(encoder)]]
-    assert len(encoder) > 4 and critic == encoder
-
-
-def test_models_are_as_before_outside():
-    modules = [import_module(name) for name in study.STUDIES["points"].models]
-    before = [(module.networks, module.run) for module in modules]
-    with study.prepared(study.STUDIES["points"]):
-        assert all(module.networks is not its[0] for module, its in zip(modules, before, strict=True))
-    assert [(module.networks, module.run) for module in modules] == before
-
-
 def test_the_logged_norms_are_those_of_the_gradients():
     """Steepest descent with a rate of 1 moves the weights by the gradient."""
     nets = {name: nn.Linear(3, 2) for name in ("generator", "encoder", "critic")}
     optimizers = {name: torch.optim.SGD(net.parameters(), lr=1.0) for name, net in nets.items()}
-    moved, caught = {}, []
+    moved = {}
 
     def iteration():
         for name, net in nets.items():
@@ -91,9 +57,8 @@ def test_the_logged_norms_are_those_of_the_gradients():
             moved[name] = (nn.utils.parameters_to_vector(net.parameters()).detach() - before).norm()
         return {"W": torch.ones(())}
 
-    study.with_gradients(lambda *given: caught.append(given))("config", nets, optimizers, iteration, "more")
-    config, _, _, logged, more = caught[0]
-    assert (config, more) == ("config", "more")
+    *parts, logged, pictures = training.logging_gradients(nets, optimizers, iteration, "pictures")
+    assert parts == [nets, optimizers] and pictures == "pictures"
     for _ in range(2):
         found = logged()
         assert found.keys() == {"W", "gradient of generator", "gradient of encoder"}
@@ -101,16 +66,15 @@ def test_the_logged_norms_are_those_of_the_gradients():
             assert_close(found[f"gradient of {name}"], moved[name])
 
 
-@pytest.mark.parametrize("model", ["wbli", "bigan", "wgan_gp", "alpha_gan", "dcgan"])
+@pytest.mark.parametrize("model", ["wbli", "dcgan"])
 def test_a_run_of_a_study_is_that_of_the_model_file(model, tmp_path):
     """Bit for bit: nothing that is logged besides changes it."""
     flags = [*FLAGS, "--seed", "3", "--steps", "3", "--device", "cpu"]
     import_module(model).main([*flags, "--out", str(tmp_path / "plain")])
-    with study.prepared(replace(SMALL, models={model: 3}, shared=False)):
-        assert study.train(model, flags, tmp_path / "study")
+    assert training.train(model, flags, tmp_path / "study", with_gradients=True)
     plain, own = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "study"))
     assert_close(own["networks"], plain["networks"], rtol=0, atol=0)
-    columns, more = (history.read_metrics(tmp_path / name) for name in ("plain", "study"))
+    columns, more = (report.read_metrics(tmp_path / name) for name in ("plain", "study"))
     names = {"gradient of generator", "gradient of encoder"} if "encoder" in own["networks"] else None
     assert more.keys() - columns.keys() == (names or {"gradient of generator"})
     assert all((more[name] == columns[name]).all() for name in columns) and len(more["step"]) == 3
@@ -119,27 +83,41 @@ def test_a_run_of_a_study_is_that_of_the_model_file(model, tmp_path):
 def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     """By Ctrl-C in the midst of a run; it ends as if it had not been."""
     flags, model, calls = [*FLAGS, "--steps", "4", "--device", "cpu"], import_module("bigan"), count(1)
-    points = replace(SMALL, models={"bigan": 4})
-    with study.prepared(points):
-        study.train("bigan", flags, tmp_path / "whole")
-        with monkeypatch.context() as patch:
-            drawn = model.draw_z
+    training.train("bigan", flags, tmp_path / "whole", with_gradients=True)
+    with monkeypatch.context() as patch:
+        drawn = model.draw_z
 
-            def stop_at_the_third(*given):
-                if next(calls) == 3:  # the first is for the pictures
-                    os.kill(os.getpid(), signal.SIGINT)
-                return drawn(*given)
+        def stop_at_the_third(*given):
+            if next(calls) == 3:  # the first is for the pictures
+                os.kill(os.getpid(), signal.SIGINT)
+            return drawn(*given)
 
-            patch.setattr(model, "draw_z", stop_at_the_third)
-            with pytest.raises(SystemExit) as stopped:
-                study.train("bigan", flags, tmp_path / "parts")
-        assert stopped.value.code == 128 + signal.SIGINT
-        assert torch.load(tmp_path / "parts/checkpoint.pt")["step"] == 2
-        assert study.train("bigan", flags, tmp_path / "parts")
+        patch.setattr(model, "draw_z", stop_at_the_third)
+        with pytest.raises(SystemExit) as stopped:
+            training.train("bigan", flags, tmp_path / "parts", with_gradients=True)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert 0 < torch.load(tmp_path / "parts/checkpoint.pt")["step"] < 4
+    assert training.train("bigan", flags, tmp_path / "parts", with_gradients=True)
     whole, parts = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
     assert_close(parts["networks"], whole["networks"], rtol=0, atol=0)
     texts = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "parts")]
     assert texts[0] == texts[1] and len(texts[0].splitlines()) == 5
+
+
+def test_chunks_are_the_whole_run(tmp_path, monkeypatch):
+    """Each leaves the checkpoint that a run of so many steps has; a second call trains nothing."""
+    flags = [*FLAGS, "--device", "cpu"]
+    found = list(training.chunks("dcgan", flags, tmp_path / "run", steps=5, every=2))
+    assert [step for step, _ in found] == [2, 4, 5]
+    training.train("dcgan", [*flags, "--steps", "5"], tmp_path / "whole")
+    whole = torch.load(tmp_path / "whole/checkpoint.pt")
+    saved = [torch.load(kept / "checkpoint.pt") for _, kept in found]
+    assert [content["step"] for content in saved] == [2, 4, 5]
+    assert_close(saved[-1]["networks"], whole["networks"], rtol=0, atol=0)
+    texts = [(tmp_path / name / "metrics.csv").read_text() for name in ("run", "whole")]
+    assert texts[0] == texts[1]
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("it is trained again"))
+    assert list(training.chunks("dcgan", flags, tmp_path / "run", steps=5, every=2)) == found
 
 
 def test_runs_differ_in_rates_and_seeds_alone():
@@ -157,7 +135,7 @@ def test_the_studies_take_flags_that_the_models_have(name):
     for model, flags in study.STUDIES[name].runs().values():
         config = import_module(model).parse_args(flags)
         assert config.lr in study.STUDIES[name].rates or study.STUDIES[name].rates == (None,)
-    assert {*study.STUDIES[name].stages} <= study.evaluate.STAGES.keys()
+    assert {*study.STUDIES[name].stages} <= evaluation.STAGES.keys()
 
 
 # Results
@@ -185,7 +163,7 @@ def test_the_gradients_of_each_model(monkeypatch):
     def columns(path):
         return {"step": np.arange(len(logged[path.name])), "W": [], "gradient of encoder": logged[path.name]}
 
-    monkeypatch.setattr(history, "read_metrics", columns)
+    monkeypatch.setattr(report, "read_metrics", columns)
     pairs = [done("wbli", *given) for given in ((1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1))]
     for order in (pairs, [pairs[1], pairs[0], *pairs[:1:-1]]):
         assert study.gradient_rows(order)[1:] == [
@@ -214,7 +192,7 @@ def test_the_command(small, tmp_path, monkeypatch, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in times}
     study.main(["small", "--device", "cpu", "--steps", "4", "--n", "20"])
     assert "20 samples" in capsys.readouterr().out
-    assert len(history.read_metrics(Path("study/small/wgan_gp-0.001-0"))["step"]) == 4
+    assert len(report.read_metrics(Path("study/small/wgan_gp-0.001-0"))["step"]) == 4
 
 
 def test_a_run_that_diverges(small, tmp_path, monkeypatch, capsys):
@@ -235,7 +213,7 @@ def test_a_run_that_diverges(small, tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_cannot_be_read(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "train", lambda *_: True)
+    monkeypatch.setattr(training, "train", lambda *_, **__: True)
     with pytest.raises(SystemExit) as stopped:
         study.main(["--device", "cpu"])
     assert stopped.value.code == 2 and capsys.readouterr().err.count("holds no run") == 8
@@ -244,7 +222,7 @@ def test_a_run_that_cannot_be_read(small, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("code", [2, 130])
 def test_a_mistake_or_ctrl_c_in_a_run_ends_the_study(code, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(import_module("wbli"), "main", lambda flags: sys.exit(code))
+    monkeypatch.setattr(import_module("wbli"), "train", lambda *_, **__: sys.exit(code))
     with pytest.raises(SystemExit) as stopped:
         study.main(["--device", "cpu"])
     assert stopped.value.code == code and not Path("study").exists()
@@ -265,3 +243,74 @@ def test_a_mistake_is_one_line(small, flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         study.main(flags)
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# Along a run
+
+
+def test_what_only_falls_is_not_correlated():
+    """Two falling lines with noise of their own; and one that follows the other's noise."""
+    line, rng = np.linspace(9, 0, 80), np.random.default_rng(0)
+    noise = rng.standard_normal(80)
+    assert abs(along.correlation(line + noise, line + rng.standard_normal(80))) < 0.35
+    assert along.correlation(line + noise, 2 * line + noise**3) > 0.95
+    assert along.correlation(line + noise, 2 * line - noise) < -0.95
+    early = np.where(np.arange(80) < 40, 100 * noise, noise)
+    assert along.correlation(early, noise) > 0.99  # the first half does not count
+
+
+def test_along_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(classifier, "trained", lambda untrained, *_: untrained.eval())
+    flags = ["--dataset", "glyphs", "--steps", "6", "--every", "1", "--seeds", "1", "--n", "100"]
+    more = ["--flags", "--width 2 --batch-size 4 --image-size 8 --log-every 1", "--device", "cpu"]
+    places = ["--out", str(tmp_path / "along"), "--data-dir", str(tmp_path / "data")]
+    along.main(["wgan", *flags, *more, *places])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert (rows[1][0], rows[1][1], rows[1][3]) == ("wgan-0", "6", "W")
+    assert 5_000 < (tmp_path / "along/along.png").stat().st_size < 150_000
+
+
+# Reproducing
+
+
+def commands():
+    """[(model, flags, what --quick adds)] of commands.txt."""
+    lines = (sync.ROOT / "experiments/commands.txt").read_text(encoding="utf-8").splitlines()
+    parts = [line.partition("|") for line in lines if not line.startswith("#")]
+    return [(full.split()[0], full.split()[1:], quick.split()) for full, _, quick in parts]
+
+
+def test_every_model_has_a_command_with_flags_that_it_takes():
+    assert [model for model, _, _ in commands()] == sync.MODELS
+    for model, full, quick in commands():
+        module = import_module(model)
+        config, small = (module.parse_args([*flags, "--device", "cpu"]) for flags in (full, full + quick))
+        assert config.dataset == small.dataset == "mnist"
+        assert small.steps < config.steps and small.width < config.width or model == "bigan"
+
+
+@pytest.mark.parametrize("mode", [[], ["--quick"]], ids=str)
+def test_reproduce_runs_the_commands(mode, tmp_path):
+    """With a stand-in for Python; what was begun is resumed, and all is evaluated at the end."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "out/wgan").mkdir(parents=True)
+    (tmp_path / "out/wgan/checkpoint.pt").touch()
+    places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "DATA": "d"}
+    script = [str(sync.ROOT / "experiments/reproduce.sh"), *mode]
+    done = subprocess.run(script, env=os.environ | places, capture_output=True, text=True, check=True)
+    *lines, last = done.stdout.splitlines()
+    expected = []
+    for model, full, quick in commands():
+        out = f"{tmp_path}/out/{model}"
+        flags = [*full, *(quick if mode else []), "--data-dir", "d", "--out", out]
+        expected.append(" ".join([f"{model}.py", *flags]))
+    expected[1] = f"wgan.py --resume {tmp_path}/out/wgan --data-dir d"
+    assert lines == expected
+    assert last.startswith(f"-m tools.evaluate {tmp_path}/out/dcgan ") and f"{tmp_path}/out/age " in last
+
+
+def test_reproduce_takes_no_other_flag():
+    script = [str(sync.ROOT / "experiments/reproduce.sh"), "--fast"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("usage:")
