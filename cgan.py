@@ -7,11 +7,9 @@ D is the sigmoid of the discriminator's logit for a picture, real or fake, with 
 code z is the noise with a one-hot label behind it. G minimises −E log D(G(z|y)|y), as in dcgan.py.
 
 Differs from the paper:
-    networks   DCGAN's; its mlps: G of ReLUs, 200 for z, 1000 for y, 1200 for both; D of maxout units,
-               240 for x, 50 for y, 240 for both; rate 0.1 and falling, momentum, dropout
+    networks   DCGAN's; the paper's: mlps with dropout, of ReLUs in G and maxout units in D; SGD
     D's label  picks one of D's logits, so that y multiplies features of x; side by side with them, as
-               in the paper, samples were slow to heed it
-    prior      normal, and each label alike; the paper's z is uniform
+               in the paper, it was heeded late; z is normal here, there uniform
 
     python cgan.py --dataset mnist
     python cgan.py --dataset path/to/pictures --image-size 64    # each class in a sub-folder
@@ -336,9 +334,9 @@ def claim(out, step):
     table = out / "metrics.csv"
     if table.exists():  # a killed run logged more than it saved, perhaps half a row
         header, *rows = table.read_text("utf-8-sig").splitlines() or [""]
-        whole = [row for row in rows if row.count(",") == header.count(",")]
-        kept = [row for row in whole if int(row.split(",")[0]) <= step]
-        table.write_text("\n".join([header, *kept, ""]) if kept else "")
+        cells = [row.split(",") for row in rows]
+        kept = [c for c in cells if not c[0].isdecimal() or len(c) > 1 and int(c[0]) <= step]
+        table.write_text("\n".join([header, *map(",".join, kept), ""]) if kept else "")
     return copy
 
 
@@ -407,7 +405,7 @@ def say(text):
     """A line on stderr; if its reader has gone (`2>&1 | head`), the run goes on without."""
     try:
         tqdm.write(str(text), file=sys.stderr)
-    except (AttributeError, OSError, ValueError):
+    except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")
 
 
@@ -462,13 +460,13 @@ def parse_args(argv=None, saved=None):
 
 def main(argv=None):
     """Train as the flags say. A user's mistake is one line and exit code 2; a bug, a traceback."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed, as by 2>&-
     config, saved, parts = parse_args(argv), None, None
     try:
         if config.resume:
             saved, config = load_checkpoint(config, argv)
             if saved["step"] >= config.steps:
-                print(f"{config.out} is finished, at step {saved['step']}; more --steps go on")
-                return
+                fail(f"{config.out} is finished, at step {saved['step']}; more --steps go on", 0)
         elif any(Path(config.out).glob("*")):
             raise ValueError(f"{config.out} is not empty: --resume it, or choose another --out")
         if dist.is_torchelastic_launched():
