@@ -7,7 +7,7 @@ The sum over k is exact. Nothing is asked of k itself: only q(z) = E_x Σ_k q(k|
 match. With --objective vae the same model is trained on its evidence lower bound, for comparison.
 
 Differs from the paper, here its authors' code, first and later; ours chosen with MNIST's labels:
-    prior, λ, C  σ 0.236, 750, z_dim/2, as later; the first, √(1/8), 200, 2 z_dim, lost components
+    σ, λ, c      0.236, 750, z_dim/2, as later; the first, √(1/8), 200, 2 z_dim, lost components
     networks     DCGAN's for G and q(k|x); q(z|k,x), an mlp for each k, has 32 units, first 16
     training     Adam 5e-4, batch 64, one z for each x and k; theirs 8e-4, later 1e-4, 128, 5
     pre-training 1000 steps; theirs 1500, later 10000
@@ -56,7 +56,7 @@ LEAST = {"batch_size": 2, "seed": 0, "pretrain_steps": 0}  # the other numbers h
 def add_flags(flag):
     """This model's own flags."""
     flag("--objective", choices=("wae", "vae"), help="vae: the evidence lower bound, for images")
-    flag("--components", type=int, help="K, at most and unless given --z-dim")
+    flag("--components", type=int, help="K, at most --z-dim; --z-dim unless given")
     flag("--prior-std", type=float, help="σ of each component; their means are √2 apart")
     flag("--mmd-weight", type=float, help="λ, the weight of the MMD")
     flag("--pretrain-steps", type=int, help="before step 0, to take each q(z|k) to p(z|k)")
