@@ -263,27 +263,27 @@ PARTS = {"model", "step", "config", "networks", "optimizers", "rng", "fixed_z"} 
 
 
 def train(config, nets, optimizers, iteration, pictures, saved, capture):
-    """Call `iteration` up to config.steps; log, draw and save into config.out along the way."""
+    """Call `iteration` up to config.steps; log, draw and save into config.out."""
     out, device, first = Path(config.out), torch.device(config.device), 0
     torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
     fixed_z = draw_z(64 if len(config.shape) == 3 else 2500, config, device)
     if saved:
         first, fixed_z = restore(saved, nets, optimizers, device)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank > 0:  # other batches; and only process 0 logs, draws and saves
+    if rank > 0:  # other batches; process 0 alone logs and saves
         torch.manual_seed(config.seed + first + 10**6 * rank)
     for weight in nets.parameters():
         weight.register_post_accumulate_grad_hook(lambda weight: average(weight.grad))
     if capture:  # a graph cannot be recorded on the default stream
         torch.cuda.set_stream(torch.cuda.Stream())
-    bad_since = torch.tensor(math.inf, device=device)  # step at which a number was not finite
+    bad_since = torch.tensor(math.inf, device=device)  # since when a number is not finite
     bar = trange(first + 1, config.steps + 1, initial=first, total=config.steps, disable=rank > 0 or None)
     with claim(out, first) if rank == 0 else nullcontext(), noted_signals() as signals:
         if rank == 0 and not saved:
             save(0, config, nets, optimizers, fixed_z)
         for step in bar:
             set_rate(optimizers, config, step)
-            if capture and step == first + 4:  # three real steps made all state that it needs
+            if capture and step == first + 4:  # all state that it needs is there
                 iteration = recorded(iteration)
             metrics = iteration()
             values = torch.stack(list(metrics.values()))
@@ -322,9 +322,9 @@ def train(config, nets, optimizers, iteration, pictures, saved, capture):
 
 
 def average(tensor):
-    """Its mean over the processes of torchrun, in place; without torchrun nothing."""
+    """Its mean over the processes of torchrun, in place."""
     if dist.is_initialized():
-        total = tensor.contiguous()  # one in channels_last cannot be sent as it is
+        total = tensor.contiguous()  # channels_last cannot be sent
         dist.all_reduce(total)
         tensor.copy_(total / dist.get_world_size())
 
@@ -343,7 +343,7 @@ def recorded(iteration):
 
 
 def set_rate(optimizers, config, step):
-    """The rate falls exponentially from --decay-start, to a hundredth at --decay-end."""
+    """Falls exponentially from --decay-start on, to a hundredth at --decay-end."""
     late = (step - config.decay_start) / max(1, config.decay_end - config.decay_start)
     for optimizer in optimizers.values():
         rate = optimizer.defaults["lr"] * 0.01 ** min(max(late, 0), 1)
@@ -366,7 +366,7 @@ def noted_signals():
 
 
 def claim(out, step):
-    """Keep other processes out of the run's folder until the returned file is closed."""
+    """Keep other processes out of `out` until the file that this returns is closed."""
     out.mkdir(parents=True, exist_ok=True)
     copy = open(out / Path(__file__).name, "a")
     try:
@@ -388,8 +388,8 @@ def claim(out, step):
 
 
 def save(step, config, nets, optimizers, fixed_z):
-    """Replace the checkpoint in one move: a kill or a full disk leaves a whole one."""
-    for name, net in nets.items():  # losses, from before the update, do not show what it broke
+    """Replace the checkpoint; a kill or a full disk leaves a whole one."""
+    for name, net in nets.items():  # the losses are from before the update
         moments = [moment for state in optimizers[name].state.values() for moment in state.values()]
         if not all(part.isfinite().all() for part in [*net.state_dict().values(), *moments]):
             fail(f"{name} was not finite after step {step}; the checkpoint is older", 1)
@@ -405,7 +405,7 @@ def save(step, config, nets, optimizers, fixed_z):
     }
     Path(config.out, "config.json").write_text(json.dumps(saved["config"], indent=1) + "\n")
     path, content = Path(config.out, "checkpoint.pt"), io.BytesIO()
-    torch.save(saved, content)  # to a file, it would not always say OSError on a full disk
+    torch.save(saved, content)  # in memory, so that a full disk is an OSError
     try:
         with open(f"{path}.tmp", "wb") as file:
             file.write(content.getbuffer())
@@ -417,10 +417,10 @@ def save(step, config, nets, optimizers, fixed_z):
 
 
 def restore(saved, nets, optimizers, device):
-    """Put back all that the next step depends on; returns the step and the pictures' z."""
+    """Put back all that the next step depends on; the step, and the pictures' z."""
     for name, net in nets.items():
         net.load_state_dict(saved["networks"][name])
-    for name, optimizer in optimizers.items():  # the moments alone; settings are this device's
+    for name, optimizer in optimizers.items():  # the moments alone
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizers"][name]["state"]})
     torch.set_rng_state(saved["rng"]["cpu"])
     if device.type == "cuda" and saved["rng"]["cuda"] is not None:
@@ -429,7 +429,7 @@ def restore(saved, nets, optimizers, device):
 
 
 def load_checkpoint(config, argv):
-    """The checkpoint of the run config.resume, and its flags with those of argv that may change."""
+    """The checkpoint of config.resume, and its flags with those of argv."""
     path, name = Path(config.resume, "checkpoint.pt"), Path(__file__).name
     content = io.BytesIO(path.read_bytes())
     try:
@@ -449,7 +449,7 @@ def load_checkpoint(config, argv):
 
 
 def say(text):
-    """A line on stderr; if its reader has gone (`2>&1 | head`), the run goes on without."""
+    """A line on stderr; where its reader has gone, a run goes on without."""
     try:
         tqdm.write(str(text), file=sys.stderr)
     except (OSError, ValueError):
@@ -463,7 +463,7 @@ def fail(message, code=2):
 
 
 def parse_args(argv=None, saved=None):
-    """The flags; those not given are the resumed run's or this model's defaults."""
+    """The flags; unless given, the resumed run's or this model's defaults."""
     description, path = (__doc__ or "").split("\n")[0], os.path.expanduser
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error, flag = fail, parser.add_argument
@@ -506,7 +506,7 @@ def parse_args(argv=None, saved=None):
 
 
 def main(argv=None):
-    """Train as the flags say. A user's mistake is one line and exit code 2; a bug, a traceback."""
+    """Train as the flags say; a user's mistake is one line and exit code 2."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # closed, as by 2>&-
     config, saved, parts = parse_args(argv), None, None
     try:
@@ -523,7 +523,7 @@ def main(argv=None):
             dist.barrier()  # all have seen what was in the folder
         size, config.classes = config.image_size, 10
         config.shape = [2] if config.dataset in POINTS else [3, size, size]
-        with torch.device("meta"):  # a size that they cannot take is found before the data
+        with torch.device("meta"):  # finds a wrong size before the data are read
             networks(config)
         x, y = load_data(config.dataset, config.data_dir, "train", size, config.device)
         test_set = load_data(config.dataset, config.data_dir, "test", size, config.device)
