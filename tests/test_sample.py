@@ -375,6 +375,10 @@ def test_a_full_memory(model, make_run, capsys, monkeypatch):
     """On a GPU; on a CPU, where only the words tell; and what no memory could hold is not asked for."""
     path = make_run(model, (1, 8, 8))
     assert "memory is full" in mistake(capsys, path, "--n", 10**15)
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing.os, "sysconf", lambda name: 100)  # in bytes, 10 000
+        patch.setattr(drawing, "draw_z", lambda *_: pytest.fail("it was asked for"))
+        assert "memory is full" in mistake(capsys, path, "--n", 80)
     on_cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
     for error in (torch.OutOfMemoryError("CUDA out of memory"), on_cpu, MemoryError()):
 

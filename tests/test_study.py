@@ -118,6 +118,8 @@ def test_chunks_are_the_whole_run(tmp_path, monkeypatch):
     assert texts[0] == texts[1]
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("it is trained again"))
     assert list(training.chunks("dcgan", flags, tmp_path / "run", steps=5, every=2)) == found
+    whole = training.chunks("dcgan", flags, tmp_path / "run", steps=4, every=2)
+    assert [step for step, _ in whole] == [2, 4]
 
 
 def test_runs_differ_in_rates_and_seeds_alone():
