@@ -2,19 +2,19 @@
 "Interpretable Representation Learning by Information Maximizing Generative Adversarial
 Nets", https://arxiv.org/abs/1606.03657
 
-Part of z is a code c: one of K categories and two numbers in [−1, 1]. G has to show it
-in x, where Q, which reads D's features, has to find it (equation 6):
+Part of z is a code c: one of K categories and two numbers in [−1, 1]. G has to show
+it in x, where Q, which reads D's features, has to find it (equation 6):
 
-    min_{G,Q} max_D  V(D, G) − λ L_I(G, Q)    L_I = E log Q(c|x) + H(c)  ≤  I(c; x)
+    min_{G,Q} max_D  V(D, G) − λ L_I(G, Q)   L_I = E log Q(c|x) + H(c)  ≤  I(c; x)
 
-for x = G(z), V as in dcgan.py. The categories' part is at most log K, 2.303 nats. As in
-the authors' code L_I is in both steps: D's updates D, the layers shared with Q included,
-and Q's head; G's updates G alone. Nothing says that a category should be a digit: L_I
-nears its bound long before.
+for x = G(z), V as in dcgan.py. The part of the categories is at most log K, 2.303
+nats. As in the authors' code, L_I is in both steps: D's updates D, the layers shared
+with Q included, and Q's head; G's updates G. Nothing says that a category should be
+a digit: L_I nears its bound long before.
 
 Differs from the paper:
-    λ         only in G's step: with λ = 0, Q still learns, and the rest is DCGAN
-              0.1 for the continuous codes; the paper's is smaller than the other, 1
+    λ         in G's step only: with λ = 0, Q still learns, G does not hear of it;
+              0.1 for the continuous codes, the paper's is smaller than 1
     Q         N(mean, 1) for a continuous code, as in the authors' code; the paper
               learns the deviation. These codes' part is −0.785 where nothing is
               known, at most −0.452
@@ -74,7 +74,7 @@ def add_flags(flag):
     flag("--objective", choices=("non-saturating", "minimax"), help="what the generator minimises")
     flag("--generator", choices=("conv", "conv-plain", "mlp"), help="if not --network's")
     flag("--discriminator", choices=("conv", "mlp"), help="if not --network's")
-    flag("--generator-lr", type=float, help="learning rate of G; --lr is that of D and Q")
+    flag("--generator-lr", type=float, help="learning rate of G; --lr is D's, Q's")
     flag("--codes", type=int, help="K, the values of the categorical code")
     flag("--code-weight", type=float, help="λ of the categorical code, in G's loss")
     flag("--continuous-weight", type=float, help="λ of the continuous codes, in G's loss")
@@ -191,7 +191,7 @@ def networks(config):
 
 
 def draw_z(n, config, device, label=None):
-    """n draws from N(0, I) × Cat(K) × U(−1, 1)²: (n, z_dim + K + 2); `label`: the category."""
+    """n draws from N(0, I) × Cat(K) × U(−1, 1)²: (n, z_dim + K + 2); `label`: its category."""
     k = torch.randint(config.codes, (n,), device=device) if label is None else label
     one_hot = torch.eye(config.codes, device=device)[k].expand(n, -1)
     noise = torch.randn(n, config.z_dim, device=device)
@@ -205,7 +205,7 @@ def generate(nets, z):
 
 
 def judge(nets, x):
-    """x (N, *shape) → D's logit (N,), Q's logits (N, K) and means (N, 2)."""
+    """x (N, *shape) → D's logit (N,), Q's logits (N, K), means (N, 2)."""
     *body, last, flatten = nets["discriminator"]
     h = nn.Sequential(*body)(x)
     q = nets["code_head"](h)

@@ -10,14 +10,14 @@ from all without (at least they are not FAKE), and from samples, which are FAKE:
     or  ‖E_x h(x) − E_z h(G(z))‖²  for D's last hidden layer h: --objective feature-matching
 
 D has N logits. FAKE's is 0, as adding a number to all N + 1 would change nothing; then
-1 − p(FAKE|x) is the sigmoid of log Σ exp(logits). `classify` is D without FAKE. The baseline,
---supervised, is D trained on the labelled items alone. Each step also counts what D gets
-right of 100 test items, in 4 % of its time.
+1 − p(FAKE|x) is the sigmoid of log Σ exp(logits). `classify` is D without FAKE. The
+baseline, --supervised, is D on the labelled items alone. Each step also counts what D
+gets right of 100 test items, in 4 % of its time.
 
 Differs from the papers:
     loss      Salimans et al.'s, with the ½ of their code. Odena's is the cross-entropy over
-              N + 1 classes of a batch half labelled, half samples; what unlabelled items
-              are for is not said. --no-unlabelled is that, with the class at twice the weight
+              N + 1 classes of a batch half labelled, half samples; the use of unlabelled
+              items is not said. --no-unlabelled is that, the class at twice the weight
     G         Odena's maximises D's loss, whose gradient vanishes where D is sure
     networks  DCGAN's, with batch norm; Salimans et al. have for MNIST mlps, noise and
               weight normalisation in D, softplus in G, and an average of D's weights
