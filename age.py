@@ -152,6 +152,7 @@ def networks(config):
     else:
         generator, encoder = Generator(shape, z_dim, width), Encoder(shape, z_dim, width, norm=True)
     nets = {"generator": generator, "encoder": nn.Sequential(encoder, Sphere())}
+    # E, too, as from PyTorch's own weights it learnt far less
     return {name: net.apply(init_weights) for name, net in nets.items()}
 
 
