@@ -11,10 +11,20 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = """
-    dcgan wgan wgan_gp bigan wbli gm_wae alpha_gan
-    cgan infogan semi_gan loss_sensitive_gan age
-""".split()
+MODELS = [
+    "dcgan",
+    "wgan",
+    "wgan_gp",
+    "bigan",
+    "wbli",
+    "gm_wae",
+    "alpha_gan",
+    "cgan",
+    "infogan",
+    "semi_gan",
+    "loss_sensitive_gan",
+    "age",
+]
 
 # What is the same wherever a file has it, and the files in which the name means something else.
 SHARED = {
