@@ -431,5 +431,7 @@ def test_ctrl_c_while_data_are_read_or_networks_built(model, when, refused, monk
     monkeypatch.setattr(import_module(model), when, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
         assert "stopped" in refused(model, *POINTS, code=130)
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C came out of main()")
     finally:
         signal.signal(signal.SIGINT, before)
