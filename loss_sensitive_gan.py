@@ -479,7 +479,7 @@ def main(argv=None):
             networks(config)
         x, y = load_data(config.dataset, config.data_dir, "train", size, config.device)
         test_set = load_data(config.dataset, config.data_dir, "test", size, config.device)
-        config.shape, config.classes = list(x.shape[1:]), 0 if y is None else int(y.max()) + 1
+        config.shape, config.classes = list(x.shape[1:]), None if y is None else int(y.max()) + 1
         if config.device == "cpu":
             say("no GPU: --width 16 --steps 1000 takes minutes, the defaults hours")
         torch.manual_seed(config.seed)

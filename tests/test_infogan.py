@@ -267,7 +267,7 @@ def test_pictures_have_a_column_for_each_value_of_a_code(start):
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
-    small = ["--dataset", "ring", "--width", "2", "--batch-size", "8", "--device", "cpu"]
+    small = ["--dataset", "swissroll", "--width", "2", "--batch-size", "8", "--device", "cpu"]
     small += ["--log-every", "1", "--code-weight", "0"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     infogan.main([*small, "--steps", "4", "--out", str(whole)])
