@@ -20,7 +20,7 @@
 #
 # A trial without a GPU, of some minutes:
 #
-#     DEVICE=cpu STEPS=20 SEEDS=0 FLAGS="--width 4 --batch-size 16" SAMPLES=500 OUT=/tmp/gpu RUNS=/tmp/gpu/runs \
+#     DEVICE=cpu STEPS=20 SEEDS=0 FLAGS="--width 4 --batch-size 16" SAMPLES=500 OUT=try RUNS=try/runs \
 #         BENCH_SECONDS=1 experiments/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."

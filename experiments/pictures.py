@@ -33,13 +33,13 @@ GAP = 12
 def last_picture(run, folder):
     """The last picture that a run has drawn there, or None."""
     paths = sorted(Path(run, folder).glob("*.png"))
-    return Image.open(paths[-1]).convert("RGB") if paths else None
+    return Image.open(paths[-1]) if paths else None
 
 
 def side_by_side(pictures):
     """Pictures in a row on white."""
     width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
-    row = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    row = Image.new(pictures[0].mode, (width, max(picture.height for picture in pictures)), "white")
     left = 0
     for picture in pictures:
         row.paste(picture, (left, 0))
@@ -66,13 +66,14 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, help="the folder that holds a run of each model")
     runs, corners = parser.parse_args(argv).runs, {}
     for model in MODELS:
-        samples = last_picture(runs / model, "samples")
+        samples, page = last_picture(runs / model, "samples"), DOCS / f"{model}.png"
         if samples is None:
-            print(f"{runs / model} has no samples")
-            continue
+            print(f"{runs / model} has no samples: {page.name} stays as it is")
+            samples = Image.open(page)
+        else:
+            beside = [last_picture(runs / model, folder) for folder in BESIDE]
+            side_by_side([samples, *filter(None, beside)]).save(page)
         corners[NAMES[model]] = samples.crop((0, 0, 128, 128))
-        beside = [last_picture(runs / model, folder) for folder in BESIDE]
-        side_by_side([samples, *filter(None, beside)]).save(DOCS / f"{model}.png")
     strip(corners).save(DOCS / "strip.png")
 
 
