@@ -201,7 +201,7 @@ def make_run(tmp_path):
         config = model.parse_args([str(flag) for flag in (*small, *flags)])
         config.shape = list(shape)
         if classes is None:
-            classes = {"grid": 25, "ring": 8, "swissroll": 0}.get(dataset, 10)
+            classes = {"grid": 25, "ring": 8, "swissroll": None}.get(dataset, 10)
         config.classes = classes
         sets = [random_set(200, shape, classes) for _ in range(2)]
         torch.manual_seed(config.seed)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[1]
 POINTS = ["--dataset", "ring", "--device", "cpu", "--width", 2, "--log-every", 1]
 SAME_STEP = [  # networks without batch norm: one convolutional in channels_last, one with z in its critic
-    ("wgan_gp", [1, 8, 8], "--generator", "conv-plain", "--width", "3"),
+    ("wgan_gp", [1, 16, 16], "--generator", "conv-plain", "--width", "3"),
     ("wbli", [2], "--width", "2"),
     ("alpha_gan", [2], "--width", "2"),
 ]
