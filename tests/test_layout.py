@@ -351,3 +351,16 @@ def test_pictures_of_the_documentation():
         links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
         shown |= {(page.parent / link).resolve() for link in links}
     assert shown == {path.resolve() for path in pictures}
+
+
+def test_the_diff_in_the_readme_is_that_of_the_two_files():
+    """Line by line and in order: what it takes away stands in wgan.py, what it adds in wgan_gp.py."""
+    (block,) = re.findall(
+        r"^```diff\n(.*?)^```", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    lines = [line for line in block.splitlines() if line]
+    for name, mark in (("wgan", "-"), ("wgan_gp", "+")):
+        rest = iter(code(name))
+        shown = [line[1:] for line in lines if line[0] in (mark, " ")]
+        assert len(shown) > 8 and [line for line in shown if line not in rest] == []
+    assert {line[0] for line in lines} == {"-", "+", " "}
