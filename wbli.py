@@ -24,7 +24,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -366,7 +365,7 @@ def noted_signals():
 
 
 def claim(out, step):
-    """Keep other processes out of `out` until the file that this returns is closed."""
+    """Keep other processes out of `out` until the returned file is closed."""
     out.mkdir(parents=True, exist_ok=True)
     copy = open(out / Path(__file__).name, "a")
     try:
@@ -377,7 +376,7 @@ def claim(out, step):
         fail(f"another process is writing into {out}")
     except (ImportError, OSError):
         pass  # neither Windows nor every network drive has such locks
-    shutil.copy(__file__, copy.name)
+    Path(copy.name).write_bytes(Path(__file__).read_bytes())
     table = out / "metrics.csv"
     if table.exists():  # a killed run logged more than it saved, perhaps half a row
         header, *rows = table.read_text("utf-8-sig").splitlines() or [""]
@@ -449,7 +448,7 @@ def load_checkpoint(config, argv):
 
 
 def say(text):
-    """A line on stderr; where its reader has gone, a run goes on without."""
+    """A line on stderr, unless its reader has gone."""
     try:
         tqdm.write(str(text), file=sys.stderr)
     except (OSError, ValueError):

@@ -242,6 +242,17 @@ def test_a_run_on_data_without_labels_resumes(tmp_path):
     assert saved["step"] == 2 and saved["config"]["classes"] is None
 
 
+def test_the_copy_in_a_runs_folder_goes_on_with_that_run(copied):
+    """There the model file is its own copy: it is neither refused nor emptied."""
+    out = copied
+    shutil.copy(ROOT / "common.py", out)
+    flags = ["--resume", ".", "--steps", "5", "--device", "cpu"]
+    ended = subprocess.run([sys.executable, f"{SOLO}.py", *flags], cwd=out, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert checkpoint(out)["step"] == 5
+    assert (out / f"{SOLO}.py").read_bytes() == (ROOT / f"{SOLO}.py").read_bytes()
+
+
 def test_the_pictures_go_on_with_the_z_of_the_checkpoint(copied):
     """Drawn anew from the same seed they would be the same, but on another device they are not."""
     saved = checkpoint(copied)
