@@ -1,0 +1,119 @@
+"""python -m experiments.quality [MODEL …]: how long until the samples look good, on one CPU core.
+
+Trains each model by the smaller command of commands.txt, in pieces that leave a checkpoint each and make the
+same run as the command alone. FID of each checkpoint's samples is drawn over the minutes that one core needs
+until there: steps × the time of a step, which is measured last. Draws quality.png.
+"""
+
+import shlex
+from argparse import Namespace
+from datetime import date
+from importlib import import_module
+from pathlib import Path
+
+from tools.flags import Parser, whole
+from tools.sync import MODELS
+from tools.tables import aligned, title
+
+COMMANDS = Path(__file__).with_name("commands.txt")
+MINUTES = (1, 2, 5, 10, 15, 20)  # columns of the table
+
+
+def commands():
+    """{model: flags of its smaller command}."""
+    lines = [line for line in COMMANDS.read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")]
+    return {words[0]: words[1:] for words in (shlex.split(line.replace("|", " ")) for line in lines)}
+
+
+def seconds_of_a_step(name, flags):
+    """On one core: the median of some seconds of steps, without logging and without a pre-training."""
+    import torch
+
+    from tools.runs import load_sets, seeded
+    from tools.timing import race
+
+    model = import_module(name)
+    config = model.parse_args(flags)
+    if hasattr(config, "pretrain_steps"):
+        config.pretrain_steps = 0
+    train_set, test_set = load_sets(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with seeded(config.seed):
+            iteration = model.build(config, train_set, test_set)[2]
+            return race({"step": iteration}, 5, torch.device(config.device))["step"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def at_minutes(minutes, fid):
+    """FID of the last checkpoint before each of MINUTES; a dash where there is none or the run is over."""
+    cells = []
+    for asked in MINUTES:
+        before = [value for minute, value in zip(minutes, fid, strict=True) if minute <= asked]
+        going_on = minutes[-1] >= asked - (minutes[-1] - minutes[-2])
+        cells.append(f"{before[-1]:.2f}" if before and going_on else "–")
+    return cells
+
+
+def draw(found_of, fid, path):
+    """A line a model: FID over minutes, both on logarithmic axes."""
+    from tools import figures
+
+    figure, (panel,) = figures.axes(width=7.5, height=5)
+    for i, (model, (minutes, values)) in enumerate(found_of.items()):
+        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "marker": ".", "linewidth": 1}
+        panel.plot(minutes, values, label=model, **style)
+    panel.set(xscale="log", yscale="log", xlabel="minutes of one CPU core", ylabel=fid)
+    panel.set_xticks(MINUTES, MINUTES)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="x-small", ncols=2)
+    figures.save(figure, path)
+
+
+def main(argv=None):
+    """Train, measure, time, print and draw as the flags say."""
+    parser = Parser("experiments.quality", __doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("models", nargs="*", help="names of model files; all unless given")
+    flag("--points", type=whole(2), default=10, help="checkpoints of each run")
+    flag("--steps", type=whole(1), help="of each run, in place of its own number")
+    flag("--flags", type=shlex.split, default="", help="more flags of the model files")
+    flag("--n", type=whole(100), default=2000, help="samples of each checkpoint")
+    flag("--out", type=Path, default="quality", help="folder for runs and the figure")
+    parser.add_places()
+    options = parser.parse_args(argv)
+    chosen = parser.known(options.models, MODELS, "model")
+    parser.needs("matplotlib", "scipy", "torchmetrics")
+    import torch
+
+    from experiments.along import measured
+
+    places = ["--data-dir", options.data_dir, "--device", options.device.type]
+    found_of, rows = (
+        {},
+        [["model", "ms per step", *(f"{minute} min" for minute in MINUTES), "last", "at min"]],
+    )
+    with parser.mistakes():
+        for name in chosen:
+            flags = [*commands()[name], *options.flags, *places]
+            config = import_module(name).parse_args(flags)
+            steps = options.steps or config.steps
+            asked = Namespace(**vars(options) | {"steps": steps, "every": max(1, steps // options.points)})
+            found = measured(name, flags, options.out / name, asked)
+            found_of[name] = found["step"], found["fid"]
+            dataset = config.dataset
+        for name, (steps, fid) in found_of.items():
+            seconds = seconds_of_a_step(name, [*commands()[name], *options.flags, *places])
+            minutes = [step * seconds / 60 for step in steps]
+            found_of[name] = minutes, fid
+            last = f"{fid[-1]:.2f}", f"{minutes[-1]:.1f}"
+            rows.append([name, f"{1000 * seconds:.0f}", *at_minutes(minutes, fid), *last])
+        draw(found_of, title("fid", dataset), options.out / "quality.png")
+    print(aligned(rows))
+    print(f"torch {torch.__version__}; {options.device}, {torch.get_num_threads()} threads; {date.today()}")
+
+
+if __name__ == "__main__":
+    main()
