@@ -17,6 +17,7 @@ from tools.tables import aligned, title
 
 COMMANDS = Path(__file__).with_name("commands.txt")
 MINUTES = (1, 2, 5, 10, 15, 20)  # columns of the table
+SECONDS = 5  # for which steps are timed
 
 
 def commands():
@@ -42,7 +43,7 @@ def seconds_of_a_step(name, flags):
     try:
         with seeded(config.seed):
             iteration = model.build(config, train_set, test_set)[2]
-            return race({"step": iteration}, 5, torch.device(config.device))["step"]
+            return race({"step": iteration}, SECONDS, torch.device(config.device))["step"]
     finally:
         torch.set_num_threads(threads)
 
