@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import loss_sensitive_gan
 import wgan
 from common import load_data, sample_batch
 from dcgan import discriminator_loss, generator_loss, js_estimate, minimax_generator_loss
@@ -22,6 +23,7 @@ from wgan_gp import gradient_penalty, mlp
 
 BATCH, MANY = 256, 10_000  # samples in a step of training; samples that a result is taken on
 GP_WEIGHT, CLIP = 10, 0.01  # as published for WGAN-GP and WGAN
+MARGIN_WEIGHT = loss_sensitive_gan.DEFAULTS["margin_weight"]
 GP_WEIGHTS = (GP_WEIGHT, 1)  # of the second there is one best critic, see penalised_em
 THETAS = (-1, -0.5, -0.1, 0, 0.1, 0.5, 1)
 MEAN, STD = 2, 0.5  # of the Gaussians: data N(−2, ½²), fakes N(2, ½²)
@@ -51,6 +53,12 @@ def penalised(critic, x, x_fake, gp_weight=GP_WEIGHT):
 def logistic(discriminator, x, x_fake):
     """The loss of a discriminator."""
     return discriminator_loss(discriminator(x), discriminator(x_fake))
+
+
+def loss_sensitive(critic, x, x_fake, margin_weight=MARGIN_WEIGHT):
+    """The loss of the loss-sensitive GAN's critic, which is low where samples are real."""
+    margin = loss_sensitive_gan.margin(x, x_fake)
+    return loss_sensitive_gan.critic_loss(critic(x), critic(x_fake), margin, margin_weight)
 
 
 def fit(net, loss, draw, steps, lr=1e-3, clip=None):
@@ -150,6 +158,8 @@ def gaussians(steps, path):
     for weight in GP_WEIGHTS:
         loss = partial(penalised, gp_weight=weight)
         critics[f"penalty {weight}"] = fit(network(1), loss, draw_gaussians, steps)
+    low = fit(network(1), loss_sensitive, draw_gaussians, steps)
+    critics["loss-sensitive"] = lambda x: -low(x)
     losses = {
         "log(1 − D), optimal D": lambda x: minimax_generator_loss(best_logit(x)),
         "log(1 − D)": lambda x: minimax_generator_loss(d(x)),

@@ -114,7 +114,7 @@ def test_d_saturates_and_f_does_not(tmp_path):
     for name in ("log(1 − D), optimal D", "log(1 − D)"):
         assert of(rows, name)[1] < 1e-3 and of(rows, name)[3] < 1e-3
     assert of(rows, "−log D, optimal D")[0] == pytest.approx(16, rel=0.01)
-    for name in ("−F, clipped at 0.01", "−F, penalty 1"):
+    for name in ("−F, clipped at 0.01", "−F, penalty 1", "−F, loss-sensitive"):
         assert of(rows, name)[2] == 100 and of(rows, name)[3] > 0.2
     assert of(rows, "−F, penalty 1")[0] == pytest.approx(wasserstein.penalised_em(4, 1) / 4, rel=0.2)
     assert 0 < of(rows, "−F, clipped at 0.01")[0] < 0.1
@@ -193,7 +193,7 @@ def test_the_command(tmp_path, capsys):
     every = printed()
     assert [name for name in claims.CLAIMS if f"{name}, 2 steps, seed 0" not in every] == []
     assert printed("gaussians").split("\n\n")[0] == every.split("\n\n")[1]
-    assert printed("gaussians", "--seed", "1").split("\n")[2:9] != every.split("\n\n")[1].split("\n")[2:9]
+    assert printed("gaussians", "--seed", "1").split("\n")[2:10] != every.split("\n\n")[1].split("\n")[2:10]
     for name in claims.CLAIMS:
         assert 5_000 < (tmp_path / f"out/claims-{name}.png").stat().st_size < 150_000
 
