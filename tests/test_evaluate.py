@@ -352,6 +352,15 @@ def test_points_give_the_floor_and_noise_far_worse(name):
     assert one["modes"] == 1 < real["modes"]
 
 
+def test_the_critic_of_points_reads_the_distance():
+    """Of two equal Gaussians that lie apart W is how far."""
+    torch.manual_seed(0)
+    parts = [0.1 * torch.randn(2500, 2) for _ in range(4)]
+    for fake in parts[1::2]:
+        fake[:, 0] += 0.9
+    assert metrics.independent_critic(*parts, metrics.CRITIC_OF_POINTS) == pytest.approx(0.9, rel=0.1)
+
+
 def test_the_critic_of_points():
     x, _ = load_data("grid", "data", "test", 32, "cpu")
     budget = metrics.CRITIC_OF_POINTS | {"steps": 300, "batch": 64}

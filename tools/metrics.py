@@ -15,7 +15,7 @@ from common import as_float, sample_batch
 MS_SSIM_SIGMA, MS_SSIM_WINDOW = 0.8, 7  # standard deviation and width of the window, in pixels
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, from the finest scale on
 CRITIC = {"width": 16, "steps": 300, "batch": 64, "lr": 1e-3, "gp_weight": (0.1, 100)}
-CRITIC_OF_POINTS = CRITIC | {"steps": 1000, "batch": 128, "gp_weight": (0.1, 1)}  # W below 1: slope below 1.5
+CRITIC_OF_POINTS = CRITIC | {"steps": 1000, "batch": 128}
 PROBE = {"C": 0.01, "tol": 1e-3, "max_iter": 500}  # of the linear probe, on standardised codes
 
 # Samples
