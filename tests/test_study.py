@@ -130,6 +130,8 @@ def test_runs_differ_in_rates_and_seeds_alone():
     assert runs["wgan_gp-0.001-0"][1][-6:] == ["--lr", "0.001", "--seed", "0", "--steps", "2"]
     own, flags = replace(SMALL, rates=(None,), seeds=1), [*FLAGS, "--seed", "0", "--steps", "7"]
     assert own.runs(steps=7) == {"wbli-0": ("wbli", flags), "wgan_gp-0": ("wgan_gp", flags)}
+    (_, changed), (_, same) = replace(own, own={"wbli": ["--width", "3"]}).runs(steps=7).values()
+    assert changed == [*FLAGS, "--width", "3", *flags[len(FLAGS) :]] and same == flags
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
