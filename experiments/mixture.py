@@ -88,6 +88,7 @@ def main(argv=None):
             if len(x) < options.n * options.batches:
                 raise ValueError(f"--n {options.n} --batches {options.batches}: there are {len(x)} items")
             with seeded(0):
+                x = x[torch.randperm(len(x))]  # as they lie, a batch is of few writers
                 found = {
                     f"{path}, {mode} mode": of_codes(run, x, options.n, options.batches, mode == "training")
                     for mode in ("eval", "training")
