@@ -17,11 +17,10 @@ from tools.tables import aligned, title
 ESTIMATES = ("W", "JS")  # columns of metrics.csv
 
 
-def measured(name, flags, path, options):
-    """{"step": …, "fid": …, "W" or "JS", filtered, if logged: …} at each checkpoint of a run."""
+def measured(checkpoints, path, options):
+    """{"step": …, "fid": …, "W" or "JS", filtered, if logged: …} of a run; checkpoints: (step, folder)."""
     import numpy as np
 
-    from experiments.training import chunks
     from tools import figures, metrics
     from tools.evaluation import Data
     from tools.report import read_metrics
@@ -29,7 +28,7 @@ def measured(name, flags, path, options):
 
     found, data = {"step": [], "fid": []}, None
     asked = Namespace(**vars(options), split="test", stages=[], batch_size=250, seed=0)
-    for step, kept in chunks(name, flags, path, options.steps, options.every):
+    for step, kept in checkpoints:
         run = open_run(kept, options.device)
         data = data or Data(run, asked)
         if data.classifier is None:
@@ -88,6 +87,8 @@ def main(argv=None):
         parser.error("--every: a correlation takes six checkpoints, better forty")
     import torch
 
+    from experiments.training import chunks
+
     places = ["--data-dir", options.data_dir, "--device", options.device.type]
     rows = [["run", "checkpoints", f"{title('fid', options.dataset)}, last", "logged", "correlation"]]
     found_of = {}
@@ -96,7 +97,8 @@ def main(argv=None):
             for seed in range(options.seeds):
                 run = f"{name}-{seed}"
                 flags = ["--dataset", options.dataset, "--seed", str(seed), *options.flags, *places]
-                found = found_of[run] = measured(name, flags, options.out / run, options)
+                pieces = chunks(name, flags, options.out / run, options.steps, options.every)
+                found = found_of[run] = measured(pieces, options.out / run, options)
                 estimate = next(iter(found.keys() & set(ESTIMATES)), None)
                 number = f"{correlation(found['fid'], found[estimate]):.2f}" if estimate else "–"
                 last = f"{found['fid'][-1]:.2f}"

@@ -6,7 +6,6 @@ until there: steps × the time of a step, which is measured last. Draws quality.
 """
 
 import shlex
-from argparse import Namespace
 from datetime import date
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +23,17 @@ def commands():
     """{model: flags of its smaller command}."""
     lines = [line for line in COMMANDS.read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")]
     return {words[0]: words[1:] for words in (shlex.split(line.replace("|", " ")) for line in lines)}
+
+
+def checkpoints(name, flags, path, steps, points):
+    """(step, folder) of a run's checkpoints, about so many: of a finished run those that are there."""
+    from experiments.training import chunks
+
+    there = sorted((path / "checkpoints").glob("*/checkpoint.pt"), reverse=True)
+    found = [(int(file.parent.name), file.parent) for file in there if int(file.parent.name)]
+    if found and found[0][0] == steps:
+        return found[:: max(1, len(found) // points)][::-1]
+    return chunks(name, flags, path, steps, max(1, steps // points))
 
 
 def seconds_of_a_step(name, flags):
@@ -100,9 +110,9 @@ def main(argv=None):
         for name in chosen:
             flags = [*commands()[name], *options.flags, *places]
             config = import_module(name).parse_args(flags)
-            steps = options.steps or config.steps
-            asked = Namespace(**vars(options) | {"steps": steps, "every": max(1, steps // options.points)})
-            found = measured(name, flags, options.out / name, asked)
+            path, steps = options.out / name, options.steps or config.steps
+            pieces = checkpoints(name, flags, path, steps, options.points)
+            found = measured(pieces, path, options)
             found_of[name] = found["step"], found["fid"]
             dataset = config.dataset
         for name, (steps, fid) in found_of.items():

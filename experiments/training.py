@@ -58,13 +58,17 @@ def logging_gradients(nets, optimizers, iteration, pictures):
 def chunks(name, flags, path, steps, every):
     """Train so many steps in chunks, which is exact; yields (step, a folder with a copy of the checkpoint).
 
-    Chunks that an earlier call has done are not done again. ValueError if the training diverges.
+    Chunks that an earlier call has done are not done again. ValueError if the training diverges, or has gone
+    past a chunk without leaving its checkpoint.
     """
     for step in [*range(every, steps, every), steps]:
         kept = path / "checkpoints" / f"{step:07d}"
         if not (kept / "checkpoint.pt").exists():
             if not train(name, [*flags, "--steps", str(step)], path):
                 raise ValueError(f"{path} diverged before step {step}")
+            reached = torch.load(path / "checkpoint.pt", "cpu", weights_only=True)["step"]
+            if reached != step:
+                raise ValueError(f"{path} is at step {reached} and has left no checkpoint at {step}")
             kept.mkdir(parents=True, exist_ok=True)
             shutil.copy(path / "checkpoint.pt", kept / "unfinished")
             (kept / "unfinished").replace(kept / "checkpoint.pt")

@@ -37,6 +37,16 @@ def test_the_quality_at_a_minute():
     assert quality.at_minutes([4.0, 8.0], [2.0, 1.0]) == ["–", "–", "2.00", "1.00", "–", "–"]
 
 
+def test_the_checkpoints_of_a_finished_run_are_thinned(tmp_path):
+    for step in range(0, 1001, 100):
+        kept = tmp_path / f"checkpoints/{step:07d}"
+        kept.mkdir(parents=True)
+        (kept / "checkpoint.pt").touch()
+    found = quality.checkpoints("dcgan", [], tmp_path, 1000, 5)
+    assert [step for step, _ in found] == [200, 400, 600, 800, 1000]
+    assert all(kept == tmp_path / f"checkpoints/{step:07d}" for step, kept in found)
+
+
 def test_quality_over_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "SECONDS", 0.1)
     monkeypatch.setattr(classifier, "trained", lambda untrained, *_: untrained.eval())

@@ -120,6 +120,9 @@ def test_chunks_are_the_whole_run(tmp_path, monkeypatch):
     assert list(training.chunks("dcgan", flags, tmp_path / "run", steps=5, every=2)) == found
     whole = training.chunks("dcgan", flags, tmp_path / "run", steps=4, every=2)
     assert [step for step, _ in whole] == [2, 4]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="is at step 5 and has left no checkpoint at 3"):
+        list(training.chunks("dcgan", flags, tmp_path / "run", steps=5, every=3))
 
 
 def test_runs_differ_in_rates_and_seeds_alone():
