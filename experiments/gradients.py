@@ -82,17 +82,20 @@ def verdict(values):
 
 
 def draw(found, path):
-    """A panel a loss: sizes over the shares of the run, a line for each learning rate."""
+    """A panel a loss, on one scale: sizes along the runs, a line for each learning rate."""
     from tools import figures
 
-    figure, panels = figures.axes(1, len(found))
-    for panel, (name, curves) in zip(panels, found.items(), strict=True):
+    columns = min(3, len(found))
+    figure, panels = figures.axes(-(-len(found) // columns), columns, height=3)
+    for panel, (name, curves) in zip(panels, found.items(), strict=False):
         if panel is not panels[0]:
             panel.sharey(panels[0])
         for rate, (steps, values) in curves.items():
             panel.plot(steps, values, ".-", label=f"learning rate {rate:g}")
         panel.set(xlabel="step", yscale="log", title=f"{name}: median ‖∂loss/∂x‖")
         panel.legend(fontsize="x-small")
+    for panel in panels[len(found) :]:
+        panel.remove()
     figures.save(figure, path)
 
 
