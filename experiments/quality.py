@@ -15,7 +15,7 @@ from tools.sync import MODELS
 from tools.tables import aligned, title
 
 COMMANDS = Path(__file__).with_name("commands.txt")
-MINUTES = (1, 2, 5, 10, 15, 20)  # columns of the table
+MINUTES = (1, 2, 5, 10, 15)  # columns of the table
 SECONDS = 5  # for which steps are timed
 
 

@@ -33,8 +33,8 @@ def test_the_commands_are_those_of_the_pages():
 def test_the_quality_at_a_minute():
     """The last checkpoint before it; none before the first, none long after the last."""
     minutes, fid = [0.6 * i for i in range(1, 6)], [50.0, 40.0, 30.0, 20.0, 10.0]
-    assert quality.at_minutes(minutes, fid) == ["50.00", "30.00", "–", "–", "–", "–"]
-    assert quality.at_minutes([4.0, 8.0], [2.0, 1.0]) == ["–", "–", "2.00", "1.00", "–", "–"]
+    assert quality.at_minutes(minutes, fid) == ["50.00", "30.00", "–", "–", "–"]
+    assert quality.at_minutes([4.0, 8.0], [2.0, 1.0]) == ["–", "–", "2.00", "1.00", "–"]
 
 
 def test_the_checkpoints_of_a_finished_run_are_thinned(tmp_path):
