@@ -68,12 +68,12 @@ def at_minutes(minutes, fid):
     return cells
 
 
-def draw(found_of, fid, path):
-    """A line a model: FID over minutes, both on logarithmic axes."""
+def draw(curves, fid, path):
+    """A line a model, both axes logarithmic; curves: {model: (minutes, FID)}."""
     from tools import figures
 
     figure, (panel,) = figures.axes(width=7.5, height=5)
-    for i, (model, (minutes, values)) in enumerate(found_of.items()):
+    for i, (model, (minutes, values)) in enumerate(curves.items()):
         style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "marker": ".", "linewidth": 1}
         panel.plot(minutes, values, label=model, **style)
     panel.set(xscale="log", yscale="log", xlabel="minutes of one CPU core", ylabel=fid)
@@ -89,7 +89,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("models", nargs="*", help="names of model files; all unless given")
     flag("--points", type=whole(2), default=10, help="checkpoints of each run")
-    flag("--steps", type=whole(1), help="of each run, in place of its own number")
+    flag("--steps", type=whole(2), help="of each run, in place of its own number")
     flag("--flags", type=shlex.split, default="", help="more flags of the model files")
     flag("--n", type=whole(100), default=2000, help="samples of each checkpoint")
     flag("--out", type=Path, default="quality", help="folder for runs and the figure")
@@ -102,26 +102,22 @@ def main(argv=None):
     from experiments.along import measured
 
     places = ["--data-dir", options.data_dir, "--device", options.device.type]
-    found_of, rows = (
-        {},
-        [["model", "ms per step", *(f"{minute} min" for minute in MINUTES), "last", "at min"]],
-    )
+    rows = [["model", "ms per step", *(f"{minute} min" for minute in MINUTES), "last", "at min"]]
+    runs, curves = {}, {}
     with parser.mistakes():
         for name in chosen:
             flags = [*commands()[name], *options.flags, *places]
             config = import_module(name).parse_args(flags)
             path, steps = options.out / name, options.steps or config.steps
             pieces = checkpoints(name, flags, path, steps, options.points)
-            found = measured(pieces, path, options)
-            found_of[name] = found["step"], found["fid"]
-            dataset = config.dataset
-        for name, (steps, fid) in found_of.items():
-            seconds = seconds_of_a_step(name, [*commands()[name], *options.flags, *places])
-            minutes = [step * seconds / 60 for step in steps]
-            found_of[name] = minutes, fid
+            runs[name] = flags, measured(pieces, path, options)
+        for name, (flags, found) in runs.items():
+            seconds, fid = seconds_of_a_step(name, flags), found["fid"]
+            minutes = [step * seconds / 60 for step in found["step"]]
+            curves[name] = minutes, fid
             last = f"{fid[-1]:.2f}", f"{minutes[-1]:.1f}"
             rows.append([name, f"{1000 * seconds:.0f}", *at_minutes(minutes, fid), *last])
-        draw(found_of, title("fid", dataset), options.out / "quality.png")
+        draw(curves, title("fid", config.dataset), options.out / "quality.png")
     print(aligned(rows))
     print(f"torch {torch.__version__}; {options.device}, {torch.get_num_threads()} threads; {date.today()}")
 
