@@ -29,9 +29,14 @@ CASES = [
     ("wbli", GREY, "--network", "mlp"),
     ("wbli", POINTS),
 ]
+STEPPED = [  # these, too, take --critic-steps
+    *((name, shape) for name in ("cgan", "loss_sensitive_gan") for shape in (COLOUR, POINTS)),
+    *((name, GREY, "--network", "mlp") for name in ("cgan", "loss_sensitive_gan")),
+]
 OTHER_CASES = [
-    *((name, shape) for name in ("bigan", "alpha_gan", "gm_wae") for shape in (COLOUR, POINTS)),
-    *((name, GREY, "--network", "mlp") for name in ("bigan", "alpha_gan")),
+    *STEPPED,
+    *((name, shape) for name in ("bigan", "alpha_gan", "gm_wae", "age") for shape in (COLOUR, POINTS)),
+    *((name, GREY, "--network", "mlp") for name in ("bigan", "alpha_gan", "age")),
     ("gm_wae", GREY, "--network", "mlp", "--objective", "vae"),
 ]
 CLIPPED = [
@@ -50,6 +55,9 @@ UPDATES = {  # of an iteration: networks in a group share a loss or a forward pa
     "wbli": ["critic*", "generator encoder"],
     "gm_wae": ["generator encoder classifier"],
     "alpha_gan": ["encoder", "generator", "discriminator", "code_discriminator"],
+    "cgan": ["discriminator*", "generator"],
+    "loss_sensitive_gan": ["critic*", "generator"],
+    "age": ["encoder", "generator", "generator"],
 }
 TERMS = {  # what each function of the objective moves when the others are 0
     "dcgan": {"discriminator_loss": "discriminator", "generator_loss": "generator"},
@@ -146,7 +154,7 @@ def test_each_update_moves_its_own_networks_alone(model, shape, flags, start):
         assert set(gradients(net)) == {None}
 
 
-@each_case(CASES)
+@each_case(CASES + STEPPED)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_every_update_has_draws_of_its_own(model, shape, flags, steps, start):
     run = start(model, shape, *flags, "--critic-steps", steps)
