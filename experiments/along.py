@@ -8,17 +8,21 @@ only fall are correlated without a reason. Draws along.png.
 
 import shlex
 from argparse import Namespace
-from datetime import date
 from pathlib import Path
 
 from tools.flags import Parser, whole
+from tools.sync import MODELS
 from tools.tables import aligned, title
 
 ESTIMATES = ("W", "JS")  # columns of metrics.csv
 
 
 def measured(checkpoints, path, options):
-    """{"step": …, "fid": …, "W" or "JS", filtered, if logged: …} of a run; checkpoints: (step, folder)."""
+    """{"step", "fid" and, if logged, "W" or "JS": a list, a number for each checkpoint} of the run in `path`.
+
+    checkpoints: (step, folder). FID is that of tools.evaluate with options.n samples, seed 0; the estimate is
+    that of metrics.csv at the step, filtered by a running median.
+    """
     import numpy as np
 
     from tools import figures, metrics
@@ -82,10 +86,10 @@ def main(argv=None):
     flag("--out", type=Path, default="along", help="folder for runs and the figure")
     parser.add_places()
     options = parser.parse_args(argv)
+    models = parser.known(options.models, MODELS, "model")
     parser.needs("matplotlib", "scipy", "torchmetrics")
     if options.steps < 6 * options.every:
         parser.error("--every: a correlation takes six checkpoints, better forty")
-    import torch
 
     from experiments.training import chunks
 
@@ -93,7 +97,7 @@ def main(argv=None):
     rows = [["run", "checkpoints", f"{title('fid', options.dataset)}, last", "logged", "correlation"]]
     found_of = {}
     with parser.mistakes():
-        for name in options.models:
+        for name in models:
             for seed in range(options.seeds):
                 run = f"{name}-{seed}"
                 flags = ["--dataset", options.dataset, "--seed", str(seed), *options.flags, *places]
@@ -105,7 +109,7 @@ def main(argv=None):
                 rows.append([run, str(len(found["step"])), last, estimate or "–", number])
         draw(found_of, title("fid", options.dataset), options.out / "along.png")
     print(aligned(rows))
-    print(f"torch {torch.__version__}; {options.device}, {torch.get_num_threads()} threads; {date.today()}")
+    parser.sign(options.device)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
     lines      WGAN, example 1: of two parallel lines EM tells the distance, JS is log 2 at any distance
     gaussians  WGAN, figure 2: between two Gaussians D saturates; F and LS-GAN's L stay close to linear
     depth      WGAN-GP, figure 1b: clipped, a deep critic's gradients explode or vanish; weights go to ±c
-    momentum   WGAN, section 4.3: with momentum the critic's updates turn against the gradient, W blows up
+    momentum   WGAN, section 4.2: with momentum the critic's updates turn against the gradient, W blows up
 
 Networks and losses are those of the model files. Each claim prints a table and draws claims-<name>.png.
 """
 
-from datetime import date
 from importlib import import_module
 from pathlib import Path
 
@@ -35,7 +34,6 @@ def main(argv=None):
     options = parser.parse_args(argv)
     chosen = parser.known(options.claims, CLAIMS, "claim")
     parser.needs("matplotlib")
-    import torch
 
     from tools.runs import seeded
 
@@ -47,7 +45,7 @@ def main(argv=None):
             with seeded(options.seed):
                 rows = getattr(import_module(module), name)(steps, path)
             print(f"{name}, {steps} steps, seed {options.seed}, {path}\n{aligned(rows)}\n", flush=True)
-    print(f"torch {torch.__version__}; cpu, {torch.get_num_threads()} threads; {date.today()}")
+    parser.sign(options.device)
 
 
 if __name__ == "__main__":

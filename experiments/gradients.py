@@ -7,7 +7,7 @@ at a checkpoint is the median of the norms. A loss keeps its gradients if the si
 rates are within a factor of 100 of each other.
 """
 
-from datetime import date
+from math import inf
 from pathlib import Path
 
 from tools.flags import Parser, whole
@@ -36,7 +36,7 @@ def train_critic(run, x_train, steps):
     import wbli
     from common import sample_batch
 
-    joint, config, nets = run.name != "dcgan", run.config, run.nets.eval()
+    joint, config, nets = run.name != "dcgan", run.config, run.nets
     critic = nets["critic" if run.name == "wbli" else "discriminator"].train()
 
     def score(x, z):
@@ -64,7 +64,7 @@ def train_critic(run, x_train, steps):
 
 
 def sizes(run, score, n):
-    """{what the generator minimises: median over n fakes of the norm of ∂loss/∂x}."""
+    """{what the generator minimises: median over n fakes of the norm of ∂loss/∂x}; score(x, z) → (n,)."""
     import torch
 
     z = run.model.draw_z(n, run.config, torch.device("cpu"))
@@ -77,12 +77,15 @@ def sizes(run, score, n):
 
 
 def verdict(values):
-    """Whether all are within a factor of LIMIT; a size of 0 has vanished."""
-    return "kept" if 0 < max(values) <= LIMIT * min(values) else "left"
+    """Whether all are within a factor of LIMIT; a size of 0 has vanished, one of inf exploded."""
+    return "yes" if 0 < max(values) <= LIMIT * min(values) < inf else "no"
 
 
 def draw(found, path):
-    """A panel a loss, on one scale: sizes along the runs, a line for each learning rate."""
+    """A panel a loss, on one scale: sizes along the runs, a line for each learning rate.
+
+    found: {loss: {rate: ([steps], [sizes])}}.
+    """
     from tools import figures
 
     columns = min(3, len(found))
@@ -93,9 +96,9 @@ def draw(found, path):
         for rate, (steps, values) in curves.items():
             panel.plot(steps, values, ".-", label=f"learning rate {rate:g}")
         panel.set(xlabel="step", yscale="log", title=f"{name}: median ‖∂loss/∂x‖")
-        panel.legend(fontsize="x-small")
     for panel in panels[len(found) :]:
         panel.remove()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(RATES))
     figures.save(figure, path)
 
 
@@ -112,36 +115,44 @@ def main(argv=None):
     options = parser.parse_args(argv)
     chosen = parser.known(options.models, STEPS, "model")
     parser.needs("matplotlib")
-    import torch
 
     from common import load_data
-    from experiments.training import chunks
+    from experiments.training import Diverged, chunks
     from tools.runs import open_run, seeded
 
     found = {}
     with parser.mistakes():
         x_train, _ = load_data("grid", "data", "train", 32, "cpu")
         for name in chosen:
-            steps = options.steps or STEPS[name]
+            steps, losses = options.steps or STEPS[name], [*generator_losses(name)]
+            curves = {loss: {rate: ([], []) for rate in RATES} for loss in losses}
+            found |= {f"{name}, {loss}": curves[loss] for loss in losses}
             for rate in RATES:
                 flags = [*FLAGS, "--lr", f"{rate:g}", "--device", "cpu"]
-                for step, kept in chunks(name, flags, options.out / f"{name}-{rate:g}", steps, steps // 6):
-                    run = open_run(kept, "cpu")
-                    with seeded(0):
-                        score = train_critic(run, x_train, options.optimal)
-                        for loss, size in sizes(run, score, options.n).items():
-                            curve = found.setdefault(f"{name}, {loss}", {}).setdefault(rate, ([], []))
-                            curve[0].append(step)
-                            curve[1].append(size)
+                pieces = chunks(name, flags, options.out / f"{name}-{rate:g}", steps, steps // 6)
+                try:
+                    for step, kept in pieces:
+                        run = open_run(kept, "cpu")
+                        with seeded(0):
+                            score = train_critic(run, x_train, options.optimal)
+                            measured = sizes(run, score, options.n)
+                        for loss, size in measured.items():
+                            curves[loss][rate][0].append(step)
+                            curves[loss][rate][1].append(size)
+                except Diverged as problem:
+                    parser.complain(problem)
+                    for loss in losses:
+                        curves[loss][rate][0].append(steps)
+                        curves[loss][rate][1].append(inf)
         draw(found, options.out / "claims-gradients.png")
     rows = [["loss of G", "least size", "greatest", "ratio", f"within {LIMIT}"]]
     for name, curves in found.items():
-        values = [size for _, sizes in curves.values() for size in sizes]
+        values = [size for _, along in curves.values() for size in along]
         least, greatest = min(values), max(values)
-        ratio = greatest / least if least else float("inf")
+        ratio = greatest / least if 0 < least < inf else inf
         rows.append([name, f"{least:.3g}", f"{greatest:.3g}", f"{ratio:.3g}", verdict(values)])
     print(aligned(rows))
-    print(f"torch {torch.__version__}; cpu, {torch.get_num_threads()} threads; {date.today()}")
+    parser.sign(options.device)
 
 
 if __name__ == "__main__":

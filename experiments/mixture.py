@@ -5,7 +5,7 @@ they are used, and in training mode, as they are trained: there batch norm moves
 where its own statistics are right. Beside it, as a scale, mixtures that miss the prior in known ways.
 """
 
-from datetime import date
+from copy import deepcopy
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -44,23 +44,26 @@ def scale(means, std, n, batches):
 
 
 def of_codes(run, x, n, batches, training):
-    """(MMD of q(z) from the prior, standard error) over batches of n items; x as load_data gives it."""
+    """(MMD of q(z) from the prior, standard error) over batches of n items; x as load_data gives it.
+
+    `training`: with each batch's own statistics in the batch norms; the run's networks stay as they are.
+    """
     import torch
 
     from common import as_float
     from gm_wae import classify, component_codes, component_means, mmd
 
-    means = component_means(run.config)
+    means, nets = component_means(run.config), deepcopy(run.nets).train(training)
 
     @torch.no_grad()
     def distance(i):
         items = as_float(x[i * n : (i + 1) * n])
-        q, (mean, log_var) = classify(run.nets, items), component_codes(run.nets, items)
-        z = mean + (log_var / 2).exp() * torch.randn_like(mean)
+        q = classify(nets, items)
+        mu, log_var = component_codes(nets, items)
+        z = mu + (log_var / 2).exp() * torch.randn_like(mu)
         z_p = means + run.config.prior_std * torch.randn_like(z)
         return mmd(z, q, z_p, torch.full_like(q, 1 / q.shape[1]))
 
-    run.nets.train(training)
     return of_batches(distance, batches)
 
 
@@ -69,9 +72,10 @@ def main(argv=None):
     parser = Parser("experiments.mixture", __doc__.split("\n")[0])
     flag = parser.add_argument
     flag("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run of gm_wae.py")
-    flag("--n", type=whole(2), default=100, help="items in a batch; MMD is unbiased for any")
+    flag("--n", type=whole(2), default=100, help="items in a batch; in training mode the run's own")
     flag("--batches", type=whole(2), default=40, help="how many are averaged")
-    parser.add_places()
+    parser.add_data_dir()
+    parser.set_defaults(device="cpu")
     options = parser.parse_args(argv)
     import torch
 
@@ -89,16 +93,17 @@ def main(argv=None):
                 raise ValueError(f"--n {options.n} --batches {options.batches}: there are {len(x)} items")
             with seeded(0):
                 x = x[torch.randperm(len(x))]  # as they lie, a batch is of few writers
-                found = {
-                    f"{path}, {mode} mode": of_codes(run, x, options.n, options.batches, mode == "training")
-                    for mode in ("eval", "training")
-                }
+                found = {}
                 if len(rows) == 1:
                     prior = component_means(run.config), run.config.prior_std
-                    found = scale(*prior, options.n, options.batches) | found
+                    found = scale(*prior, options.n, options.batches)
+                found[f"{path}, eval mode"] = of_codes(run, x, options.n, options.batches, training=False)
+                n = run.config.batch_size
+                batches = min(options.batches, len(x) // n)
+                found[f"{path}, training mode"] = of_codes(run, x, n, batches, training=True)
             rows += [[name, f"{value:.4f}", f"{error:.4f}"] for name, (value, error) in found.items()]
     print(aligned(rows))
-    print(f"torch {torch.__version__}; cpu, {torch.get_num_threads()} threads; {date.today()}")
+    parser.sign(options.device)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ RUNS/<model> is the run of each model. Writes docs/<model>.png (samples, then re
 classes, codes or components) and docs/strip.png (a corner of each model's samples under its name).
 """
 
-from argparse import ArgumentParser
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from tools.flags import Parser
 from tools.sync import MODELS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -62,9 +62,12 @@ def strip(corners, columns=6):
 
 def main(argv=None):
     """Write them all."""
-    parser = ArgumentParser(prog="python -m experiments.pictures", description=__doc__.split("\n")[0])
+    parser = Parser("experiments.pictures", __doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="the folder that holds a run of each model")
+    parser.set_defaults(device="cpu")
     runs, corners = parser.parse_args(argv).runs, {}
+    if not any(last_picture(runs / model, "samples") for model in MODELS):
+        parser.error(f"{runs} has no run of a model with samples")
     for model in MODELS:
         samples, page = last_picture(runs / model, "samples"), DOCS / f"{model}.png"
         if samples is None:

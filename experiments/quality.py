@@ -2,11 +2,12 @@
 
 Trains each model by the smaller command of commands.txt, in pieces that leave a checkpoint each and make the
 same run as the command alone. FID of each checkpoint's samples is drawn over the minutes that one core needs
-until there: steps × the time of a step, which is measured last. Draws quality.png.
+until there: what comes before the first step (GM-WAE's pre-training) and steps × the time of a step, both
+measured last. Draws quality.png.
 """
 
 import shlex
-from datetime import date
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -21,14 +22,22 @@ SECONDS = 5  # for which steps are timed
 
 def commands():
     """{model: flags of its smaller command}."""
-    lines = [line for line in COMMANDS.read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")]
-    return {words[0]: words[1:] for words in (shlex.split(line.replace("|", " ")) for line in lines)}
+    found = {}
+    for line in COMMANDS.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, *flags = shlex.split(line.replace("|", " "))
+            found[name] = flags
+    return found
 
 
 def checkpoints(name, flags, path, steps, points):
-    """(step, folder) of a run's checkpoints, about so many: of a finished run those that are there."""
-    from experiments.training import chunks
+    """(step, folder of its checkpoint) along a run, about so many: of a finished run those that are there.
 
+    ValueError if the run was begun with other flags.
+    """
+    from experiments.training import check_flags, chunks
+
+    check_flags(name, flags, path)
     there = sorted((path / "checkpoints").glob("*/checkpoint.pt"), reverse=True)
     found = [(int(file.parent.name), file.parent) for file in there if int(file.parent.name)]
     if found and found[0][0] == steps:
@@ -36,24 +45,24 @@ def checkpoints(name, flags, path, steps, points):
     return chunks(name, flags, path, steps, max(1, steps // points))
 
 
-def seconds_of_a_step(name, flags):
-    """On one core: the median of some seconds of steps, without logging and without a pre-training."""
+def seconds_of(name, flags):
+    """(before the first step, of a step) on one CPU core: a median over some seconds, without logging."""
     import torch
 
+    from tools import timing
     from tools.runs import load_sets, seeded
-    from tools.timing import race
 
     model = import_module(name)
-    config = model.parse_args(flags)
-    if hasattr(config, "pretrain_steps"):
-        config.pretrain_steps = 0
+    config = model.parse_args([*flags, "--device", "cpu"])
     train_set, test_set = load_sets(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with seeded(config.seed):
+            start = time.perf_counter()
             iteration = model.build(config, train_set, test_set)[2]
-            return race({"step": iteration}, SECONDS, torch.device(config.device))["step"]
+            before = time.perf_counter() - start
+            return before, timing.race({"step": iteration}, SECONDS, torch.device("cpu"))["step"]
     finally:
         torch.set_num_threads(threads)
 
@@ -63,8 +72,7 @@ def at_minutes(minutes, fid):
     cells = []
     for asked in MINUTES:
         before = [value for minute, value in zip(minutes, fid, strict=True) if minute <= asked]
-        going_on = minutes[-1] >= asked - (minutes[-1] - minutes[-2])
-        cells.append(f"{before[-1]:.2f}" if before and going_on else "–")
+        cells.append(f"{before[-1]:.2f}" if before and minutes[-1] >= asked else "–")
     return cells
 
 
@@ -97,8 +105,6 @@ def main(argv=None):
     options = parser.parse_args(argv)
     chosen = parser.known(options.models, MODELS, "model")
     parser.needs("matplotlib", "scipy", "torchmetrics")
-    import torch
-
     from experiments.along import measured
 
     places = ["--data-dir", options.data_dir, "--device", options.device.type]
@@ -112,14 +118,14 @@ def main(argv=None):
             pieces = checkpoints(name, flags, path, steps, options.points)
             runs[name] = flags, measured(pieces, path, options)
         for name, (flags, found) in runs.items():
-            seconds, fid = seconds_of_a_step(name, flags), found["fid"]
-            minutes = [step * seconds / 60 for step in found["step"]]
+            (before, seconds), fid = seconds_of(name, flags), found["fid"]
+            minutes = [(before + step * seconds) / 60 for step in found["step"]]
             curves[name] = minutes, fid
             last = f"{fid[-1]:.2f}", f"{minutes[-1]:.1f}"
             rows.append([name, f"{1000 * seconds:.0f}", *at_minutes(minutes, fid), *last])
         draw(curves, title("fid", config.dataset), options.out / "quality.png")
     print(aligned(rows))
-    print(f"torch {torch.__version__}; {options.device}, {torch.get_num_threads()} threads; {date.today()}")
+    parser.sign(options.device)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import sys
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass, field
-from datetime import date
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -44,10 +43,10 @@ class Study:
     def runs(self, steps=None):
         """{the run's name: (model, flags)}; `steps` in place of each model's own."""
         found = {}
-        for (model, own), lr, seed in product(self.models.items(), self.rates, range(self.seeds)):
+        for model, lr, seed in product(self.models, self.rates, range(self.seeds)):
             rate = [] if lr is None else ["--lr", f"{lr:g}"]
             flags = [*self.flags, *self.own.get(model, []), *rate, "--seed", str(seed)]
-            flags += ["--steps", str(steps or own)]
+            flags += ["--steps", str(steps or self.models[model])]
             found["-".join([model, *rate[1:], str(seed)])] = model, flags
         return found
 
@@ -79,10 +78,10 @@ def by_model(done):
     return {name: [pair for pair in done if pair[0].name == name] for name in names}
 
 
-def spread(done):
+def spread(done, diverged=()):
     """For each model what the best, the median and the worst of its runs have of each measure.
 
-    A run that diverged has no place in it: only that it did is counted.
+    A run that diverged, whose path is among those, has no place in it: only that it did is counted.
     """
     real, dataset = done[0][1]["references"].get("real data", {}), done[0][1]["dataset"]
     used = {name for _, result in done for name in result["metrics"]}
@@ -90,18 +89,18 @@ def spread(done):
     names = [name for name in names if tables.METRICS[name].best != "data" or name in real]
     rows = [["best / median / worst", "runs", *(tables.title(name, dataset) for name in names)]]
     for model, pairs in by_model(done).items():
-        ended = [result["metrics"] for run, result in pairs if run.step == run.config.steps]
+        ended = [result["metrics"] for run, result in pairs if run.path not in diverged]
         rows.append([model, f"{len(ended)} of {len(pairs)}"])
         for name in names:
             found = [measured[name] for measured in ended if name in measured]
             found.sort(key=partial(tables.cost, name, real=real.get(name)))
-            of = [found[i] for i in (0, (len(found) - 1) // 2, -1)] if found else []
-            rows[-1].append(" / ".join(format(value, tables.METRICS[name].form) for value in of) or "–")
+            shown = [found[i] for i in (0, (len(found) - 1) // 2, -1)] if found else []
+            rows[-1].append(" / ".join(format(value, tables.METRICS[name].form) for value in shown) or "–")
     return rows
 
 
 def gradients(run):
-    """(steps, {network: norms of its gradient}) along the run."""
+    """(steps (R,), {network: norms of its gradient (R,)}) of the R rows that the run has logged."""
     from tools.report import read_metrics
 
     columns = read_metrics(run.path)
@@ -154,10 +153,11 @@ def check(study, name, options, complain):
     from tools import evaluation
 
     folder, runs = Path(options.out) / name, study.runs(options.steps)
-    shared = ["--data-dir", options.data_dir, "--device", options.device.type]
+    shared, diverged = ["--data-dir", options.data_dir, "--device", options.device.type], []
     for i, (title, (model, flags)) in enumerate(runs.items(), 1):
         print(f"{name}, run {i} of {len(runs)}: {title}", file=sys.stderr)
         if not train(model, [*flags, *shared], folder / title, with_gradients=True):
+            diverged.append(folder / title)
             complain(f"{folder / title} diverged; evaluated is what it saved last")
     measured = Namespace(n=options.n or study.n, seed=0, batch_size=250, stages=study.stages, split="test")
     measured.data_dir, measured.device = options.data_dir, options.device
@@ -167,7 +167,8 @@ def check(study, name, options, complain):
     if done:
         path = Path(options.out) / f"study-{name}.png"
         print(f"{name}, {path}", tables.text(done), sep="\n\n", flush=True)
-        print(tables.aligned(spread(done)), tables.aligned(gradient_rows(done)), sep="\n\n", end="\n\n")
+        print(tables.aligned(spread(done, diverged)), end="\n\n")
+        print(tables.aligned(gradient_rows(done)), end="\n\n")
         draw(done, path)
 
 
@@ -186,9 +187,8 @@ def main(argv=None):
     with parser.mistakes():
         for name in chosen:
             check(STUDIES[name], name, options, parser.complain)
-    import torch
 
-    print(f"torch {torch.__version__}; {options.device}, {torch.get_num_threads()} threads; {date.today()}")
+    parser.sign(options.device)
     if parser.failed:
         sys.exit(2)
 

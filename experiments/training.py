@@ -11,6 +11,10 @@ from torch import nn
 from tools.runs import load_sets
 
 
+class Diverged(ValueError):
+    """A loss or weights were no longer finite."""
+
+
 def train(name, flags, path, with_gradients=False):
     """Train a model file into this folder, or what is left to do there; False if it diverged.
 
@@ -55,17 +59,25 @@ def logging_gradients(nets, optimizers, iteration, pictures):
     return nets, optimizers, lambda: iteration() | norms, pictures
 
 
+def check_flags(name, flags, path):
+    """ValueError if a run was begun there with other flags; the number of steps may differ."""
+    if (path / "checkpoint.pt").exists():
+        model, given = import_module(name), [*flags, "--resume", str(path)]
+        model.load_checkpoint(model.parse_args(given), given)
+
+
 def chunks(name, flags, path, steps, every):
     """Train so many steps in chunks, which is exact; yields (step, a folder with a copy of the checkpoint).
 
-    Chunks that an earlier call has done are not done again. ValueError if the training diverges, or has gone
-    past a chunk without leaving its checkpoint.
+    Chunks that an earlier call has done are not done again. Diverged if the training does; ValueError if it
+    has gone past a chunk without leaving its checkpoint, or was begun there with other flags.
     """
+    check_flags(name, flags, path)
     for step in [*range(every, steps, every), steps]:
         kept = path / "checkpoints" / f"{step:07d}"
         if not (kept / "checkpoint.pt").exists():
             if not train(name, [*flags, "--steps", str(step)], path):
-                raise ValueError(f"{path} diverged before step {step}")
+                raise Diverged(f"{path} diverged before step {step}")
             reached = torch.load(path / "checkpoint.pt", "cpu", weights_only=True)["step"]
             if reached != step:
                 raise ValueError(f"{path} is at step {reached} and has left no checkpoint at {step}")

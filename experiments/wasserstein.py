@@ -198,8 +198,10 @@ def activation_gradients(critic, x):
     critic, x, activations = deepcopy(critic).double(), x.double(), []  # floats end at 1e-45
     for layer in critic:
         x = layer(x)
-        activations += [x] if isinstance(layer, nn.LeakyReLU) else []
-    return [gradient.norm(dim=1).mean().item() for gradient in torch.autograd.grad(x.sum(), activations)]
+        if isinstance(layer, nn.LeakyReLU):
+            activations.append(x)
+    gradients = torch.autograd.grad(x.sum(), activations)
+    return [gradient.norm(dim=1).mean().item() for gradient in gradients]
 
 
 def weights_of(critic):
@@ -249,13 +251,16 @@ def depth(steps, path):
     return rows
 
 
-# Section 4.3 of WGAN
+# Section 4.2 of WGAN: momentum
 
 
 def trained_by(rule, config, sets, steps):
     """wgan.py on these sets with this rule for its critic: W in each step, and the cosine between each of
     the critic's updates, before the clipping, and its gradient downhill.
+
+    Of the same config.seed all rules have the same initial weights and the same batches.
     """
+    torch.manual_seed(config.seed)
     nets, optimizers, iteration, _ = wgan.build(config, *sets)
     weights, before, cosines = list(nets["critic"].parameters()), [], []
     optimizers["critic"] = rule(weights, config.lr)
@@ -276,13 +281,14 @@ def trained_by(rule, config, sets, steps):
 
 
 def momentum(steps, path):
-    """The table and the figure of section 4.3's remark, on glyphs of 16 pixels.
+    """The table and the figure of section 4.2's remark, on glyphs of 16 pixels.
 
     W through a running median over a tenth of the steps.
     """
     rows = [["critic's rule", "learning rate", "W, greatest", "W, at last", "cosine", "cosine < 0"]]
     figure, panels = figures.axes(1, len(LRS))
     config = wgan.parse_args(["--width", "8", "--image-size", "16", "--device", "cpu"])
+    config.seed = torch.initial_seed()  # that of experiments.claims
     sets = load_sets(config)
     for panel, lr in zip(panels, LRS, strict=True):
         config.lr = lr

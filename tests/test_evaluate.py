@@ -411,6 +411,11 @@ def test_samples_that_show_what_was_asked(data, new_model, monkeypatch):
     monkeypatch.delattr(opened.model, "classify")
     assert opened.labels == 3
     assert min(evaluation.asked(subject, data).values()) > 0.99
+    with monkeypatch.context() as patch:  # each class has noise of its own
+        seen = []
+        patch.setattr(evaluation, "draw_z", lambda *given: seen.append(given[2]) or runs.draw_z(*given))
+        evaluation.asked(subject, data)
+        assert len(set(seen)) == len(seen) == 3
     draw_z = opened.model.draw_z
 
     def mixed_up(n, config, device, label=None):
@@ -538,9 +543,17 @@ def test_metrics_that_other_programs_have_written(tmp_path):
 def evaluated(path, config, step=1, **measures):
     settings = {"critic": {"steps": 1, "batch": 2, "gp_weight": [3, 4]}}
     found = {"step": step, "metrics": measures, "settings": settings, "dataset": "mnist", "n": 9, "seed": 0}
+    found["n_real"] = 9
     found["references"] = {"real data": {"fid": 0.5, "diversity": 0.6}, "chance": {"nmi": 0.1}}
     found["split"] = "test"
     return SimpleNamespace(path=Path(path), name="wgan", config=Namespace(**config), step=step), found
+
+
+def test_the_caption_says_of_how_few_real_items_the_floor_is():
+    (_, result) = evaluated("runs/a", {}, fid=3)
+    assert "real items" not in tables.caption(result)
+    result["n_real"] = 5
+    assert "mnist, test split: 9 samples, seed 0; 5 real items; " in tables.caption(result)
 
 
 def test_a_table():

@@ -3,14 +3,16 @@
 import re
 from argparse import Namespace
 from importlib import import_module
+from math import inf
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from experiments import gradients, mixture, quality
-from tools import classifier, sync
+from experiments import gradients, mixture, quality, training
+from gm_wae import classify
+from tools import classifier, sync, timing
 from tools.runs import open_run
 
 # Quality over time
@@ -24,27 +26,52 @@ def test_the_commands_are_those_of_the_pages():
     assert list(found) == list(shown) == sync.MODELS
     for name in sync.MODELS:
         model = import_module(name)
-        asked = (
+        asked, of_the_page = (
             model.parse_args([*flags, "--device", "cpu"]) for flags in (found[name], shown[name].split())
         )
-        assert vars(next(asked)) == vars(next(asked)), name
+        assert vars(asked) == vars(of_the_page), name
 
 
 def test_the_quality_at_a_minute():
-    """The last checkpoint before it; none before the first, none long after the last."""
+    """That of the last checkpoint before it; none before the first, none after the run's end."""
     minutes, fid = [0.6 * i for i in range(1, 6)], [50.0, 40.0, 30.0, 20.0, 10.0]
-    assert quality.at_minutes(minutes, fid) == ["50.00", "30.00", "–", "–", "–"]
-    assert quality.at_minutes([4.0, 8.0], [2.0, 1.0]) == ["–", "–", "2.00", "1.00", "–"]
+    assert quality.at_minutes(minutes, fid)[:4] == ["50.00", "30.00", "–", "–"]
+    assert quality.at_minutes([4.0, 10.0], [2.0, 1.0])[:4] == ["–", "–", "2.00", "1.00"]
+    assert quality.at_minutes([1.0], [2.0])[:2] == ["2.00", "–"]
 
 
-def test_the_checkpoints_of_a_finished_run_are_thinned(tmp_path):
+def test_the_checkpoints_of_a_finished_run_are_thinned(tmp_path, monkeypatch):
+    checked = []
     for step in range(0, 1001, 100):
         kept = tmp_path / f"checkpoints/{step:07d}"
         kept.mkdir(parents=True)
         (kept / "checkpoint.pt").touch()
-    found = quality.checkpoints("dcgan", [], tmp_path, 1000, 5)
+    monkeypatch.setattr("experiments.training.check_flags", lambda *given: checked.append(given))
+    found = quality.checkpoints("dcgan", ["--width", "2"], tmp_path, 1000, 5)
+    assert checked == [("dcgan", ["--width", "2"], tmp_path)]
     assert [step for step, _ in found] == [200, 400, 600, 800, 1000]
     assert all(kept == tmp_path / f"checkpoints/{step:07d}" for step, kept in found)
+
+
+def test_the_seconds_of_gm_wae_are_those_of_one_core_with_its_pretraining(monkeypatch):
+    """The time of a step is a race on one thread; what build() takes comes before it."""
+    seen, threads = [], torch.get_num_threads()
+
+    def race(functions, seconds, device):
+        seen.append((torch.get_num_threads(), device.type))
+        return {"step": 7}
+
+    monkeypatch.setattr(timing, "race", race)
+    flags = ["--dataset", "glyphs", "--image-size", "8", "--width", "2", "--batch-size", "4"]
+    torch.set_num_threads(2)
+    try:
+        short = quality.seconds_of("gm_wae", [*flags, "--pretrain-steps", "1"])
+        long = quality.seconds_of("gm_wae", [*flags, "--pretrain-steps", "100"])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert short[1] == long[1] == 7 and long[0] > 2 * short[0]
+    assert seen == [(1, "cpu")] * 2
 
 
 def test_quality_over_time(tmp_path, monkeypatch, capsys):
@@ -71,7 +98,7 @@ def test_the_scale_of_the_mmd():
     assert half[0] > 10 * half[1] and list(found)[1] == "one component lost"
 
 
-def test_codes_on_the_prior_have_none():
+def test_codes_on_the_prior_have_none(monkeypatch):
     """A posterior that is the prior, whatever x: 0 in both modes; one component lost: as in the scale."""
 
     class Codes(nn.Module):
@@ -90,15 +117,18 @@ def test_codes_on_the_prior_have_none():
         def forward(self, x):
             return self.logits.expand(len(x), 3)
 
+    seen = []
+    monkeypatch.setattr("gm_wae.classify", lambda nets, x: seen.append(nets.training) or classify(nets, x))
     torch.manual_seed(0)
     x, config = torch.zeros(480, 2), Namespace(z_dim=3, components=3, prior_std=0.2)
     expected = mixture.scale(torch.eye(3), 0.2, 40, 12)
     for logits, of in (([0.0, 0.0, 0.0], "the prior itself"), ([-99.0, 0.0, 0.0], "one component lost")):
         nets = nn.ModuleDict({"encoder": nn.ModuleList(map(Codes, range(3))), "classifier": Constant(logits)})
         run = SimpleNamespace(nets=nets, config=config)
-        for training in (True, False):
-            value, error = mixture.of_codes(run, x, 40, 12, training)
-            assert nets.training is training
+        for mode in (True, False):
+            nets.train()
+            value, error = mixture.of_codes(run, x, 40, 12, training=mode)
+            assert seen.pop() is mode and nets.training
             assert value == pytest.approx(expected[of][0], abs=4 * (error + expected[of][1]))
 
 
@@ -106,15 +136,15 @@ def test_batches_are_drawn_from_the_whole_split(make_run, tmp_path, monkeypatch)
     """MNIST's test split is ordered by its writers: in its order the MMD was six times as large."""
     x, seen = torch.arange(64).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8), []
     monkeypatch.setattr("tools.runs.load_split", lambda *_: (x, None))
-    monkeypatch.setattr(mixture, "of_codes", lambda run, x, *_: seen.append(x[:, 0, 0, 0]) or (0, 0))
+    monkeypatch.setattr(mixture, "of_codes", lambda run, x, *_, **__: seen.append(x[:, 0, 0, 0]) or (0, 0))
     path = make_run(import_module("gm_wae"), (1, 8, 8))
-    mixture.main([str(path), "--n", "2", "--batches", "2", "--device", "cpu"])
+    mixture.main([str(path), "--n", "2", "--batches", "2"])
     assert len(seen) == 2 and seen[0].sort().values.equal(x[:, 0, 0, 0]) and not seen[0].equal(x[:, 0, 0, 0])
 
 
 def test_the_mixture_of_a_run(make_run, tmp_path, capsys):
     path = make_run(import_module("gm_wae"), (1, 8, 8))
-    flags = ["--n", "20", "--batches", "3", "--data-dir", str(tmp_path), "--device", "cpu"]
+    flags = ["--n", "20", "--batches", "3", "--data-dir", str(tmp_path)]
     mixture.main([str(path), *flags])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 8 and "eval mode" in rows[5] and "training mode" in rows[6]
@@ -154,6 +184,7 @@ def test_only_the_critic_is_trained(name, make_run):
     run = open_run(make_run(import_module(name), (2,)), "cpu")
     before = {key: value.clone() for key, value in run.nets.state_dict().items()}
     gradients.train_critic(run, torch.randn(64, 2), 3)
+    assert not run.nets["generator"].training  # its batch norms keep their statistics
     changed = {
         key.split(".")[0] for key, value in run.nets.state_dict().items() if not value.equal(before[key])
     }
@@ -174,10 +205,9 @@ def test_the_critic_is_trained_to_tell_them_apart(make_run):
 
 
 def test_the_verdict():
-    assert gradients.verdict([0.1, 1, 10]) == "kept"
-    assert (
-        gradients.verdict([0.1, 1, 10.1]) == gradients.verdict([0.0, 1]) == gradients.verdict([0.0]) == "left"
-    )
+    assert gradients.verdict([0.1, 1, 10]) == "yes"
+    for values in ([0.1, 1, 10.1], [0.0, 1], [0.0], [1, inf], [inf, inf]):
+        assert gradients.verdict(values) == "no", values
 
 
 def test_the_gradients_of_runs(tmp_path, monkeypatch, capsys):
@@ -188,3 +218,16 @@ def test_the_gradients_of_runs(tmp_path, monkeypatch, capsys):
     assert len(rows) == 4 and rows[1].startswith("bigan, log(1 − D)") and rows[2].startswith("bigan, −log D")
     assert len(list((tmp_path / "bigan-0.001/checkpoints").iterdir())) == 6
     assert 5_000 < (tmp_path / "claims-gradients.png").stat().st_size < 200_000
+
+
+def test_a_run_that_diverges_has_exploded(tmp_path, monkeypatch, capsys):
+    """The table has the others nevertheless."""
+    monkeypatch.setattr(gradients, "RATES", (1e-3,))
+    train = training.train
+    monkeypatch.setattr(training, "train", lambda name, *of: name != "dcgan" and train(name, *of))
+    monkeypatch.setattr(gradients, "FLAGS", ["--dataset", "grid", "--width", "2", "--batch-size", "4"])
+    gradients.main(["dcgan", "wbli", "--steps", "6", "--optimal", "1", "--n", "10", "--out", str(tmp_path)])
+    output = capsys.readouterr()
+    rows = [line.split() for line in output.out.splitlines()]
+    assert [row[-1] for row in rows[1:4]] == ["no", "no", "yes"] and rows[1][-2] == "inf"
+    assert "dcgan-0.001 diverged before step 1" in output.err

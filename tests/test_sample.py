@@ -271,13 +271,13 @@ def test_help_comes_before_anything_heavy_is_imported():
     """In a process of its own, for all tools at once."""
     tools = ("tools.sample", "tools.evaluate", "tools.bench")
     code = "import sys; from importlib import import_module"
-    experiments = ("claims", "study", "along", "gradients", "mixture", "quality")
+    experiments = ("claims", "study", "along", "gradients", "mixture", "quality", "pictures")
     for tool in (*tools, *(f"experiments.{name}" for name in experiments)):
         code += f"\ntry: import_module('{tool}').main(['--help'])\nexcept SystemExit: pass"
     code += "\nheavy = {'torch', 'numpy', 'sklearn', 'matplotlib', 'torchmetrics', 'umap', 'scipy'}"
     code += "\nprint('heavy:', heavy & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.count("show this help") == 9 and done.stdout.endswith("heavy: set()\n"), done.stderr
+    assert done.stdout.count("show this help") == 10 and done.stdout.endswith("heavy: set()\n"), done.stderr
 
 
 @solo

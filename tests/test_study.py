@@ -19,7 +19,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from experiments import along, study, training
-from tools import classifier, evaluation, report, sync
+from tools import classifier, evaluation, figures, report, sync
 
 FLAGS = ["--dataset", "grid", "--width", "2", "--batch-size", "8", "--log-every", "1"]
 SMALL = study.Study({"wbli": 3, "wgan_gp": 2}, FLAGS, ["modes", "reconstruction"], 50, (1e-3, 2e-3), 2)
@@ -123,6 +123,8 @@ def test_chunks_are_the_whole_run(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is at step 5 and has left no checkpoint at 3"):
         list(training.chunks("dcgan", flags, tmp_path / "run", steps=5, every=3))
+    with pytest.raises(ValueError, match="--batch-size: .* has 8"):
+        next(training.chunks("dcgan", [*flags, "--batch-size", "9"], tmp_path / "run", steps=5, every=2))
 
 
 def test_runs_differ_in_rates_and_seeds_alone():
@@ -151,16 +153,17 @@ def test_the_studies_take_flags_that_the_models_have(name):
 def test_the_spread_of_each_model():
     """The median in the order from best to worst; what diverged is counted, not measured."""
     pairs = [done("wbli", fid=fid, label_kept=kept) for fid, kept in ((3, 0.5), (1, 0.9), (8, 0.6))]
-    pairs += [done("wbli", step=3, fid=0, label_kept=1)]
+    pairs += [done("wbli", seed=3, fid=0, label_kept=1)]
+    diverged = [pairs[-1][0].path]
     pairs += [done("dcgan", fid=2, diversity=d, reconstruction_random=1) for d in (0.9, 0.1, 0.45, 0.7)]
-    assert study.spread(pairs) == [
+    assert study.spread(pairs, diverged) == [
         ["best / median / worst", "runs", "digit-classifier FID", "diversity", "label kept"],
         ["wbli", "3 of 4", "1.00 / 3.00 / 8.00", "–", "90.0% / 60.0% / 50.0%"],
         ["dcgan", "4 of 4", "2.00 / 2.00 / 2.00", "0.450 / 0.700 / 0.100", "–"],
     ]
     for _, result in pairs:
         result["references"] = {}
-    assert [row[2:] for row in study.spread(pairs)][0] == ["digit-classifier FID", "label kept"]
+    assert [row[2:] for row in study.spread(pairs, diverged)][0] == ["digit-classifier FID", "label kept"]
 
 
 def test_the_gradients_of_each_model(monkeypatch):
@@ -240,9 +243,9 @@ def test_ctrl_c_in_an_evaluation_is_one_line(small, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(study, "check", stopped)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as left:
         study.main(["--device", "cpu"])
-    assert capsys.readouterr().err.count("\n") == 1
+    assert left.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [["nothing"], ["--steps", "0"], ["--n", "1"], ["--data-dir"]], ids=str)
@@ -274,7 +277,39 @@ def test_along_a_run(tmp_path, monkeypatch, capsys):
     along.main(["wgan", *flags, *more, *places])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert (rows[1][0], rows[1][1], rows[1][3]) == ("wgan-0", "6", "W")
+    with pytest.raises(SystemExit):
+        along.main(["wgann", *flags, *more, *places])
+    assert "wgann is no model" in capsys.readouterr().err
     assert 5_000 < (tmp_path / "along/along.png").stat().st_size < 150_000
+
+
+def test_what_is_measured_along_a_run(tmp_path, monkeypatch):
+    """FID is that of tools.evaluate, the estimate that of metrics.csv at the step."""
+    monkeypatch.setattr(classifier, "trained", lambda untrained, *_: untrained.eval())
+    flags = [
+        "--dataset",
+        "glyphs",
+        "--width",
+        "2",
+        "--batch-size",
+        "4",
+        "--image-size",
+        "8",
+        "--log-every",
+        "1",
+    ]
+    places = {"data_dir": str(tmp_path / "data"), "device": torch.device("cpu")}
+    flags += ["--data-dir", places["data_dir"], "--device", "cpu"]
+    pieces = list(training.chunks("wgan", flags, tmp_path / "run", steps=4, every=2))
+    found = along.measured(pieces, tmp_path / "run", Namespace(n=100, **places))
+    asked = Namespace(n=100, split="test", stages=["classifier scores"], batch_size=250, seed=0, **places)
+    asked.runs = [kept for _, kept in pieces]
+    (runs,) = evaluation.opened(asked, pytest.fail).values()
+    _, evaluated = evaluation.evaluate_group(runs, asked, pytest.fail)
+    assert found["fid"] == pytest.approx([result["metrics"]["fid"] for _, result in evaluated], rel=1e-4)
+    logged = report.read_metrics(tmp_path / "run")
+    assert found["step"] == [2, 4] and logged["step"].tolist() == [1, 2, 3, 4]
+    assert found["W"] == figures.filtered(logged["W"])[[1, 3]].tolist()
 
 
 # Reproducing

@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from tqdm import tqdm
@@ -142,7 +142,7 @@ def classifier_scores(subject, data):
     if data.classifier is None:
         raise NotMeasured(f"{data.name} has no labels, so there is no classifier for FID, IS, classes")
     features = data.features(subject.x)
-    logits, (n, least) = data.logits(features), features.shape
+    logits = data.logits(features)
     labels, found = logits.argmax(1), {}
     shares = metrics.class_shares(labels, data.classes)
     if data.name == "stacked_mnist":
@@ -150,8 +150,10 @@ def classifier_scores(subject, data):
     else:
         found |= {"rarest_class": min(shares), "entropy": metrics.entropy(shares)}
     found["inception_score"] = metrics.inception_score(logits)
-    if min(n, len(data.train_features)) <= least:
-        found["not_measured"] = f"classifier FID needs more than {least} samples and train items, not {n}"
+    n, of_features = min(len(features), len(data.train_features)), features.shape[1]
+    if n <= of_features:  # their covariance is singular
+        items = f"{of_features} samples and train items, not {n}"
+        found["not_measured"] = f"classifier FID needs more than {items}"
     else:
         found["fid"] = metrics.frechet_distance(data.train_features, features)
     return found
@@ -225,11 +227,8 @@ def representation(subject, data):
         ("features", run.model.features, run.nets),
         ("untrained", run.model.features, untrained),
     ):
-        codes = [
-            in_batches(lambda x, f=function, nets=nets: f(nets, x), x, 500, run.device)
-            for x in (data.x_train, data.x_test)
-        ]
-        found |= accuracies(name, *codes, data)
+        coded = partial(in_batches, partial(function, nets), batch_size=500, device=run.device)
+        found |= accuracies(name, coded(x=data.x_train), coded(x=data.x_test), data)
     return found
 
 
@@ -262,7 +261,8 @@ def asked(subject, data):
         return {}
     each = -(-data.options.n // run.labels)
     y = torch.arange(run.labels).repeat_interleave(each)
-    z = torch.cat([draw_z(run, each, data.options.seed, label) for label in range(run.labels)])
+    seed = data.options.seed
+    z = torch.cat([draw_z(run, each, seed + label, label) for label in range(run.labels)])
     found = agreement(data.labels_of(samples(run, z, data.options.batch_size)), y)
     return {name: found[name] for name in ("asked", "asked_worst")}
 
@@ -312,7 +312,8 @@ def carried_out(stages, data, title):
                 found |= function(subject, data)
         except NotMeasured as problem:
             not_measured.append(str(problem))
-        not_measured += [found.pop("not_measured")] if "not_measured" in found else []
+        if "not_measured" in found:
+            not_measured.append(found.pop("not_measured"))
     return found, found.pop("usage", None), not_measured
 
 
@@ -340,6 +341,7 @@ def evaluate(run, data):
         "step": run.step,
         "split": options.split,
         "n": options.n,
+        "n_real": min(options.n, len(data.x_test)),
         "seed": options.seed,
         "settings": settings,
         "metrics": found,
@@ -383,7 +385,9 @@ def evaluate_group(runs, options, complain):
             full = memory_is_full(error)
             if isinstance(error, RuntimeError) and not full:  # a bug
                 raise
-            complain(f"{run.path}: {'memory is full: take a smaller --n or --batch-size' if full else error}")
+            if full:
+                error = "memory is full: take a smaller --n or --batch-size"
+            complain(f"{run.path}: {error}")
             continue
         for problem in result["not_measured"]:
             tqdm.write(f"{run.path}: not measured: {problem}", file=sys.stderr)

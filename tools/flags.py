@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from contextlib import contextmanager
+from datetime import date
 from importlib.util import find_spec
 
 from tqdm import tqdm
@@ -32,11 +33,15 @@ class Parser(ArgumentParser):
         self.add_places()
 
     def add_places(self):
-        """--data-dir, which a checkpoint does not decide, as it may be somebody else's; --device."""
-        places = "where data sets are found, downloaded, cached"
-        self.add_argument("--data-dir", type=os.path.expanduser, default="data", help=places)
+        """--data-dir and --device."""
+        self.add_data_dir()
         devices = ("auto", "cuda", "mps", "cpu")
         self.add_argument("--device", choices=devices, default="auto", help="auto: a GPU if any")
+
+    def add_data_dir(self):
+        """--data-dir, which a checkpoint does not decide, as it may be somebody else's."""
+        places = "where data sets are found, downloaded, cached"
+        self.add_argument("--data-dir", type=os.path.expanduser, default="data", help=places)
 
     def parse_args(self, argv=None):
         """The flags, `device` as a torch.device."""
@@ -77,6 +82,12 @@ class Parser(ArgumentParser):
         except KeyboardInterrupt:
             self.complain("stopped")
             sys.exit(130)
+
+    def sign(self, device):
+        """The last line of a table: with what, where and when its figures were measured."""
+        import torch
+
+        print(f"torch {torch.__version__}; {device}, {torch.get_num_threads()} threads; {date.today()}")
 
     def complain(self, message):
         """One line on stderr; `failed` is true from now on."""

@@ -1,4 +1,4 @@
-"""The measures, as functions of tensors: what each means and in which direction it is better, README.md says.
+"""The measures, as functions of tensors. docs/evaluation.md says what each means, and whether more is better.
 
 They draw from torch's default generator alone, where they draw at all. Images are float (N, C, S, S) in
 [−1, 1], labels int64 (N,), codes and features float (N, d); results are Python numbers.
@@ -16,7 +16,7 @@ MS_SSIM_SIGMA, MS_SSIM_WINDOW = 0.8, 7  # standard deviation and width of the wi
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, from the finest scale on
 CRITIC = {"width": 16, "steps": 300, "batch": 64, "lr": 1e-3, "gp_weight": (0.1, 100)}
 CRITIC_OF_POINTS = CRITIC | {"steps": 1000, "batch": 128}
-PROBE = {"C": 0.01, "tol": 1e-3, "max_iter": 500}  # of the linear probe, on standardised codes
+PROBE = {"C": 0.01, "tol": 1e-3, "max_iter": 500}  # of the linear probe, not always converged
 
 # Samples
 
@@ -61,7 +61,7 @@ def entropy(shares):
 
 def ms_ssim_scales(size):
     """How many halvings of a picture leave 8 pixels for the window, itself counted: 3 for 32, at most 5."""
-    return max(1, min(len(MS_SSIM_WEIGHTS), 1 + int(math.log2(size / 8)))) if size >= 8 else 0
+    return min(len(MS_SSIM_WEIGHTS), 1 + int(math.log2(size / 8))) if size >= 8 else 0
 
 
 def ms_ssim_diversity(x):
@@ -176,7 +176,7 @@ def linear_probe_accuracy(train, y_train, test, y_test):
     if len(y_train.unique()) == 1:
         return (y_test == y_train[0]).double().mean().item()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="sklearn")  # not converged: said where PROBE is explained
+        warnings.filterwarnings("ignore", module="sklearn")  # that it has not converged
         probe = make_pipeline(StandardScaler(), LogisticRegression(**PROBE))
         probe.fit(train.numpy(), y_train.numpy())
     return float(probe.score(test.numpy(), y_test.numpy()))

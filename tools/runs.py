@@ -129,7 +129,7 @@ def load_sets(config):
     train_set, test_set = (load_data(config.dataset, split=split, **where) for split in ("train", "test"))
     x, y = train_set
     config.shape = list(x.shape[1:])
-    config.classes = 0 if y is None else int(y.max()) + 1
+    config.classes = None if y is None else int(y.max()) + 1
     return train_set, test_set
 
 

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 DIGITS = ("mnist", "glyphs", "color_mnist", "stacked_mnist")  # sets whose classes are digits
 # What two runs may differ in and still count as the same but for the seed.
-FREE = {"seed", "device", "data_dir", "out", "resume", "log_every", "sample_every", "save_every"}
+FREE = {"seed", "device", "data_dir", "log_every", "sample_every", "save_every"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def title(name, dataset):
 def cost(name, value, real=None):
     """The less, the better is this value of the measure; `real` is that of real data."""
     best = METRICS[name].best
-    return abs(value - real) if best == "data" else value if best == "lower" else -value
+    if best == "data":
+        return abs(value - real)
+    return value if best == "lower" else -value
 
 
 def best_of(name, values, real):
@@ -168,6 +170,8 @@ def caption(result):
     """What the numbers of a table rest on, in a line or two."""
     settings = result["settings"]
     parts = [f"{result['dataset']}, {result['split']} split: {result['n']} samples, seed {result['seed']}"]
+    if result["n_real"] < result["n"]:
+        parts.append(f"{result['n_real']} real items")
     if "classifier" in settings:
         kind = "digit classifier" if settings["classifier"]["of"] == "digits" else "classifier"
         parts.append(f"{kind} with {settings['classifier']['test_accuracy']:.2%} test accuracy")
