@@ -16,7 +16,7 @@ from tools.sync import MODELS
 from tools.tables import aligned, title
 
 COMMANDS = Path(__file__).with_name("commands.txt")
-MINUTES = (1, 2, 5, 10, 15)  # columns of the table
+MINUTES = (1, 2, 5, 10, 20, 40)  # columns of the table
 SECONDS = 5  # for which steps are timed
 
 
@@ -41,8 +41,17 @@ def checkpoints(name, flags, path, steps, points):
     there = sorted((path / "checkpoints").glob("*/checkpoint.pt"), reverse=True)
     found = [(int(file.parent.name), file.parent) for file in there if int(file.parent.name)]
     if found and found[0][0] == steps:
-        return found[:: max(1, len(found) // points)][::-1]
+        return thinned(found, points)
     return chunks(name, flags, path, steps, max(1, steps // points))
+
+
+def thinned(found, points):
+    """About so many of these (step, folder), in even distances on a log axis; in `found` the last is first."""
+    kept, ratio = found[:1], (found[0][0] / found[-1][0]) ** (1 / (points - 1))
+    for step, folder in found[1:]:
+        if step * ratio <= kept[-1][0]:
+            kept.append((step, folder))
+    return kept[::-1]
 
 
 def seconds_of(name, flags):

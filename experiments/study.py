@@ -30,6 +30,7 @@ class Study:
     """Runs of models {name: steps}, with these flags, at each of the rates, with each of the seeds.
 
     rates: None is the model's own. stages: of tools.evaluate; n: samples. own: {name: flags of its own}.
+    falling: the rate falls to a hundredth over the second half, so that a run cannot go on for longer.
     """
 
     models: dict
@@ -39,14 +40,18 @@ class Study:
     rates: tuple = (None,)
     seeds: int = 3
     own: dict = field(default_factory=dict)
+    falling: bool = False
 
     def runs(self, steps=None):
         """{the run's name: (model, flags)}; `steps` in place of each model's own."""
         found = {}
         for model, lr, seed in product(self.models, self.rates, range(self.seeds)):
             rate = [] if lr is None else ["--lr", f"{lr:g}"]
+            last = steps or self.models[model]
             flags = [*self.flags, *self.own.get(model, []), *rate, "--seed", str(seed)]
-            flags += ["--steps", str(steps or self.models[model])]
+            flags += ["--steps", str(last)]
+            if self.falling:
+                flags += ["--decay-start", str(last // 2), "--decay-end", str(last)]
             found["-".join([model, *rate[1:], str(seed)])] = model, flags
         return found
 
@@ -56,16 +61,26 @@ GRID = ["--dataset", "grid", *OFTEN]
 STACKED = ["--dataset", "stacked_mnist", "--z-dim", "16", *OFTEN]
 DIGITS = ["--dataset", "mnist", "--z-dim", "16", *OFTEN]
 COLORS = ["--dataset", "color_mnist", *OFTEN]
-MLPS = {"bigan": ["--network", "mlp", "--width", "32"]}  # its paper's; its conv networks collapse
-ON_POINTS = {"wbli": 3000, "bigan": 10_000, "wgan_gp": 2500}  # in some two minutes each, on one core
-ON_PICTURES = {"wbli": 800, "bigan": 6000}  # in some five minutes
+OWN_ON_POINTS = {  # the best of four settings each
+    "wbli": ["--lr", "2e-3"],
+    "bigan": ["--lr", "1e-3"],
+    "wgan_gp": ["--lr", "2e-3", "--critic-steps", "2"],
+}
+OWN_ON_PICTURES = {  # those of commands.txt, chosen on MNIST
+    "wbli": ["--batch-size", "32", "--critic-steps", "2"],
+    "bigan": ["--network", "mlp", "--width", "32"],  # its paper's; its conv networks collapse
+    "wgan_gp": ["--batch-size", "32", "--critic-steps", "3", "--gp-weight", "1", "--lr", "1e-3"],
+}
+ON_POINTS = {"wbli": 5500, "bigan": 18_000, "wgan_gp": 16_000}  # in some four minutes each, on one core
+ON_PICTURES = {"wbli": 2300, "bigan": 5600, "wgan_gp": 2300}  # in some four minutes, too
+ON_DIGITS = {"wbli": 2300, "bigan": 5600}
 ON_COLORS = {"alpha_gan": 1000, "dcgan": 1500, "wgan_gp": 480}  # in some three minutes
 CODES = ["classifier scores", "reconstruction", "representation"]
 SAMPLES = ["classifier scores", "diversity", "independent critic"]
 STUDIES = {
-    "points": Study(ON_POINTS, GRID, ["modes", "reconstruction"], 2500),
-    "stacked": Study(ON_PICTURES | {"wgan_gp": 720}, STACKED, ["classifier scores"], 26_000, own=MLPS),
-    "digits": Study(ON_PICTURES, DIGITS, CODES, 10_000, own=MLPS),
+    "points": Study(ON_POINTS, GRID, ["modes", "reconstruction"], 2500, own=OWN_ON_POINTS, falling=True),
+    "stacked": Study(ON_PICTURES, STACKED, ["classifier scores"], 26_000, own=OWN_ON_PICTURES, falling=True),
+    "digits": Study(ON_DIGITS, DIGITS, CODES, 10_000, own=OWN_ON_PICTURES, falling=True),
     "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, (2e-4, 5e-4, 1e-3), seeds=1),
 }
 

@@ -133,6 +133,9 @@ def lines(steps, path):
         panel.plot(at, [of(theta) for theta in at], color="0.5", label=f"{name}, closed form")
         panel.plot(THETAS, [pair[i] for pair in found], "o", label="estimate")
         panel.set(xlabel="θ", xticks=(-1, -0.5, 0, 0.5, 1), title=f"{name} of two parallel lines")
+    biased = [penalised_em(abs(theta)) for theta in THETAS]
+    panels[0].plot(THETAS, biased, "k:", label="EM with the penalty's bias")
+    for panel in panels:
         panel.legend(fontsize="x-small")
     figures.save(figure, path)
     return rows

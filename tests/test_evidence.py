@@ -49,7 +49,7 @@ def test_the_checkpoints_of_a_finished_run_are_thinned(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.training.check_flags", lambda *given: checked.append(given))
     found = quality.checkpoints("dcgan", ["--width", "2"], tmp_path, 1000, 5)
     assert checked == [("dcgan", ["--width", "2"], tmp_path)]
-    assert [step for step, _ in found] == [200, 400, 600, 800, 1000]
+    assert [step for step, _ in found] == [100, 200, 500, 1000]
     assert all(kept == tmp_path / f"checkpoints/{step:07d}" for step, kept in found)
 
 

@@ -133,6 +133,8 @@ def test_runs_differ_in_rates_and_seeds_alone():
     flags = [*FLAGS, "--lr", "0.002", "--seed", "1", "--steps", "3"]
     assert runs["wbli-0.002-1"] == ("wbli", flags)
     assert runs["wgan_gp-0.001-0"][1][-6:] == ["--lr", "0.001", "--seed", "0", "--steps", "2"]
+    falling = replace(SMALL, falling=True).runs()["wgan_gp-0.001-0"][1]
+    assert falling == [*runs["wgan_gp-0.001-0"][1], "--decay-start", "1", "--decay-end", "2"]
     own, flags = replace(SMALL, rates=(None,), seeds=1), [*FLAGS, "--seed", "0", "--steps", "7"]
     assert own.runs(steps=7) == {"wbli-0": ("wbli", flags), "wgan_gp-0": ("wgan_gp", flags)}
     (_, changed), (_, same) = replace(own, own={"wbli": ["--width", "3"]}).runs(steps=7).values()
@@ -328,8 +330,9 @@ def test_every_model_has_a_command_with_flags_that_it_takes():
         module = import_module(model)
         config, small = (module.parse_args([*flags, "--device", "cpu"]) for flags in (full, full + quick))
         assert config.dataset == small.dataset == "mnist"
-        assert small.width < config.width or model == "bigan"  # whose paper's mlps are small
-        assert small.steps * small.batch_size < config.steps * config.batch_size
+        assert small.width < config.width
+        cost, full_cost = (of.width * of.steps * of.batch_size for of in (small, config))
+        assert cost < full_cost
 
 
 @pytest.mark.parametrize("mode", [[], ["--quick"]], ids=str)

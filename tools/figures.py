@@ -95,16 +95,24 @@ def heat_map(run, data, path):
 
 
 def umap(run, data, n, path):
-    """A map of E(x) for n test items, coloured by label, with n draws from the prior in grey."""
+    """A map of E(x) for n test items, coloured by label, with n draws from the prior as circles."""
     x, y = data.x_test[:n], data.y_test[:n]
     z_hat = codes(run, x)
     z = draw_z(run, n, data.options.seed)
     plane = umap_plane(torch.cat([z_hat, z]), data.options.seed)
     figure, (panel,) = axes(width=6, height=5)
-    panel.scatter(*plane[len(x) :].T, s=4, color="0.75", label="prior")
     colours = {"vmin": -0.5, "vmax": data.classes - 0.5, "cmap": "tab10" if data.classes <= 10 else "turbo"}
     dots = panel.scatter(*plane[: len(x)].T, s=6, c=y.numpy(), **colours)
     figure.colorbar(dots, label="label", ticks=ticks(data.classes))
+    circles = {
+        "s": 9,
+        "linewidths": 0.4,
+        "facecolors": "none",
+        "edgecolors": "black",
+        "alpha": 0.4,
+        "label": "prior",
+    }
+    panel.scatter(*plane[len(x) :].T, **circles)
     panel.set(xticks=[], yticks=[], title=run.path.name)
     panel.legend(fontsize="x-small")
     save(figure, path)
