@@ -15,7 +15,7 @@ from tools.flags import Parser, whole
 from tools.tables import aligned
 
 CLAIMS = {  # name: the module with a function of this name, and the steps of each of its trainings
-    "lines": ("experiments.wasserstein", 400),
+    "lines": ("experiments.wasserstein", 2000),
     "gaussians": ("experiments.wasserstein", 400),
     "depth": ("experiments.wasserstein", 300),
     "momentum": ("experiments.wasserstein", 300),
