@@ -72,7 +72,7 @@ OWN_ON_PICTURES = {  # those of commands.txt, chosen on MNIST
     "wgan_gp": ["--batch-size", "32", "--critic-steps", "3", "--gp-weight", "1", "--lr", "1e-3"],
 }
 ON_POINTS = {"wbli": 5500, "bigan": 18_000, "wgan_gp": 16_000}  # in some four minutes each, on one core
-ON_PICTURES = {"wbli": 2300, "bigan": 5600, "wgan_gp": 2300}  # in some four minutes, too
+ON_PICTURES = {"wbli": 2300, "bigan": 2800, "wgan_gp": 2300}  # in some four minutes, too
 ON_DIGITS = {"wbli": 2300, "bigan": 5600}
 ON_COLORS = {"alpha_gan": 1000, "dcgan": 1500, "wgan_gp": 480}  # in some three minutes
 CODES = ["classifier scores", "reconstruction", "representation"]
