@@ -46,7 +46,7 @@ def checkpoints(name, flags, path, steps, points):
 
 
 def thinned(found, points):
-    """About so many of these (step, folder), in even distances on a log axis; in `found` the last is first."""
+    """About so many of these (step, folder), evenly on a log axis; `found` begins with the last step."""
     kept, ratio = found[:1], (found[0][0] / found[-1][0]) ** (1 / (points - 1))
     for step, folder in found[1:]:
         if step * ratio <= kept[-1][0]:
