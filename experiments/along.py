@@ -60,11 +60,8 @@ def draw(found_of, fid, path):
     """A panel a run: FID over steps and, on an axis of its own, what was logged."""
     from tools import figures
 
-    columns = min(3, len(found_of))
-    figure, panels = figures.axes(-(-len(found_of) // columns), columns)
-    for panel in panels[len(found_of) :]:
-        panel.remove()
-    for panel, (run, found) in zip(panels, found_of.items(), strict=False):
+    figure, panels = figures.panels_of(len(found_of))
+    for panel, (run, found) in zip(panels, found_of.items(), strict=True):
         lines = panel.plot(found["step"], found["fid"], "o-", color="C0", label=fid)
         for name in found.keys() & set(ESTIMATES):
             other = panel.twinx()

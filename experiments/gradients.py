@@ -76,6 +76,18 @@ def sizes(run, score, n):
     return found
 
 
+def sizes_along(pieces, x_train, options):
+    """(step, sizes()) for each (step, folder of a checkpoint), under a critic that is trained on there."""
+    from tools.runs import open_run, seeded
+
+    for step, kept in pieces:
+        run = open_run(kept, "cpu")
+        with seeded(0):
+            score = train_critic(run, x_train, options.optimal)
+            found = sizes(run, score, options.n)
+        yield step, found
+
+
 def verdict(values):
     """Whether all are within a factor of LIMIT; a size of 0 has vanished, one of inf exploded."""
     return "yes" if 0 < max(values) <= LIMIT * min(values) < inf else "no"
@@ -88,16 +100,13 @@ def draw(found, path):
     """
     from tools import figures
 
-    columns = min(3, len(found))
-    figure, panels = figures.axes(-(-len(found) // columns), columns, height=3)
-    for panel, (name, curves) in zip(panels, found.items(), strict=False):
+    figure, panels = figures.panels_of(len(found), height=3)
+    for panel, (name, curves) in zip(panels, found.items(), strict=True):
         if panel is not panels[0]:
             panel.sharey(panels[0])
         for rate, (steps, values) in curves.items():
             panel.plot(steps, values, ".-", label=f"learning rate {rate:g}")
         panel.set(xlabel="step", yscale="log", title=f"{name}: median ‖∂loss/∂x‖")
-    for panel in panels[len(found) :]:
-        panel.remove()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(RATES))
     figures.save(figure, path)
 
@@ -118,7 +127,6 @@ def main(argv=None):
 
     from common import load_data
     from experiments.training import Diverged, chunks
-    from tools.runs import open_run, seeded
 
     found = {}
     with parser.mistakes():
@@ -131,11 +139,7 @@ def main(argv=None):
                 flags = [*FLAGS, "--lr", f"{rate:g}", "--device", "cpu"]
                 pieces = chunks(name, flags, options.out / f"{name}-{rate:g}", steps, steps // 6)
                 try:
-                    for step, kept in pieces:
-                        run = open_run(kept, "cpu")
-                        with seeded(0):
-                            score = train_critic(run, x_train, options.optimal)
-                            measured = sizes(run, score, options.n)
+                    for step, measured in sizes_along(pieces, x_train, options):
                         for loss, size in measured.items():
                             curves[loss][rate][0].append(step)
                             curves[loss][rate][1].append(size)

@@ -19,6 +19,15 @@ def axes(rows=1, columns=1, width=4.5, height=3.5):
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def panels_of(n, height=3.5):
+    """(figure, n axes) in rows of three."""
+    columns = min(3, n)
+    figure, panels = axes(-(-n // columns), columns, height=height)
+    for panel in panels[n:]:
+        panel.remove()
+    return figure, panels[:n]
+
+
 def save(figure, path):
     """As a PNG file."""
     figure.savefig(path, dpi=110)
@@ -39,16 +48,13 @@ def filtered(values):
 def curves(columns_of, path):
     """A panel for each logged quantity, with a filtered curve for each run: {run: {quantity: array}}."""
     names = list(dict.fromkeys(name for columns in columns_of.values() for name in columns if name != "step"))
-    width = min(3, len(names))
-    figure, panels = axes(-(-len(names) // width), width)
-    for name, panel in zip(names, panels, strict=False):
+    figure, panels = panels_of(len(names))
+    for name, panel in zip(names, panels, strict=True):
         for i, (label, columns) in enumerate(columns_of.items()):
             if name in columns:
                 panel.plot(columns["step"], filtered(columns[name]), color=f"C{i % 10}", label=label)
         panel.set(title=name, xlabel="step")
         panel.legend(fontsize="x-small")
-    for panel in panels[len(names) :]:
-        panel.remove()
     save(figure, path)
 
 
@@ -104,15 +110,7 @@ def umap(run, data, n, path):
     colours = {"vmin": -0.5, "vmax": data.classes - 0.5, "cmap": "tab10" if data.classes <= 10 else "turbo"}
     dots = panel.scatter(*plane[: len(x)].T, s=6, c=y.numpy(), **colours)
     figure.colorbar(dots, label="label", ticks=ticks(data.classes))
-    circles = {
-        "s": 9,
-        "linewidths": 0.4,
-        "facecolors": "none",
-        "edgecolors": "black",
-        "alpha": 0.4,
-        "label": "prior",
-    }
-    panel.scatter(*plane[len(x) :].T, **circles)
+    panel.plot(*plane[len(x) :].T, "ko", markersize=3, fillstyle="none", alpha=0.4, label="prior")
     panel.set(xticks=[], yticks=[], title=run.path.name)
     panel.legend(fontsize="x-small")
     save(figure, path)
