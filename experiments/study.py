@@ -3,13 +3,13 @@
     points   WBLI, BiGAN and WGAN-GP on the grid of 25 Gaussians
     stacked  the same three on stacked MNIST with its 1 000 modes
     digits   WBLI and BiGAN on MNIST
-    colors   α-GAN, DCGAN and WGAN-GP on color_mnist, at three learning rates
+    colors   α-GAN, DCGAN, WGAN-GP and AGE on color_mnist, at four learning rates
 
 Each model has its own networks and, unless rates are named, its own settings; all models of a study train for
 about the same time on a CPU. Every training is a run of the model file, with the norms of the gradients of
 generator and encoder as two more columns of metrics.csv; the same command goes on with what was stopped.
-Prints the table of tools.evaluate, each model's spread over its runs and the gradients along them, and draws
-study-<name>.png.
+Prints the table of tools.evaluate, each model's spread over its runs and over its seeds, how much the
+independent critic itself varies, and the gradients along the runs; draws study-<name>.png.
 """
 
 import sys
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 from tools import tables
 from tools.flags import Parser, whole
@@ -70,18 +70,22 @@ OWN_ON_PICTURES = {  # those of commands.txt, chosen on MNIST
     "wbli": ["--batch-size", "32", "--critic-steps", "2"],
     "bigan": ["--network", "mlp", "--width", "32"],  # its paper's; its conv networks collapse
     "wgan_gp": ["--batch-size", "32", "--critic-steps", "3", "--gp-weight", "1", "--lr", "1e-3"],
+    "alpha_gan": ["--batch-size", "32"],
+    "dcgan": ["--batch-size", "32"],
+    "age": ["--z-dim", "16"],
 }
 ON_POINTS = {"wbli": 5500, "bigan": 18_000, "wgan_gp": 16_000}  # in some four minutes each, on one core
 ON_PICTURES = {"wbli": 2300, "bigan": 2800, "wgan_gp": 2300}  # in some four minutes, too
 ON_DIGITS = {"wbli": 2300, "bigan": 5600}
-ON_COLORS = {"alpha_gan": 1000, "dcgan": 1500, "wgan_gp": 480}  # in some three minutes
+ON_COLORS = {"alpha_gan": 1200, "dcgan": 3000, "wgan_gp": 1000, "age": 1050}  # in some 90 seconds
+RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 CODES = ["classifier scores", "reconstruction", "representation"]
 SAMPLES = ["classifier scores", "diversity", "independent critic"]
 STUDIES = {
     "points": Study(ON_POINTS, GRID, ["modes", "reconstruction"], 2500, own=OWN_ON_POINTS, falling=True),
     "stacked": Study(ON_PICTURES, STACKED, ["classifier scores"], 26_000, own=OWN_ON_PICTURES, falling=True),
     "digits": Study(ON_DIGITS, DIGITS, CODES, 10_000, own=OWN_ON_PICTURES, falling=True),
-    "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, (2e-4, 5e-4, 1e-3), seeds=1),
+    "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, RATES, own=OWN_ON_PICTURES, falling=True),
 }
 
 # Results; done is [(run, its evaluation)]
@@ -93,16 +97,23 @@ def by_model(done):
     return {name: [pair for pair in done if pair[0].name == name] for name in names}
 
 
+def compared(done):
+    """(measures of which there is a best, their titles), in the order of the table of tools.evaluate."""
+    real, dataset = done[0][1]["references"].get("real data", {}), done[0][1]["dataset"]
+    used = {name for _, result in done for name in result["metrics"]}
+    names = [name for name in tables.METRICS if name in used and tables.METRICS[name].best]
+    names = [name for name in names if tables.METRICS[name].best != "data" or name in real]
+    return names, [tables.title(name, dataset) for name in names]
+
+
 def spread(done, diverged=()):
     """For each model what the best, the median and the worst of its runs have of each measure.
 
     A run that diverged, whose path is among those, has no place in it: only that it did is counted.
     """
-    real, dataset = done[0][1]["references"].get("real data", {}), done[0][1]["dataset"]
-    used = {name for _, result in done for name in result["metrics"]}
-    names = [name for name in tables.METRICS if name in used and tables.METRICS[name].best]
-    names = [name for name in names if tables.METRICS[name].best != "data" or name in real]
-    rows = [["best / median / worst", "runs", *(tables.title(name, dataset) for name in names)]]
+    real = done[0][1]["references"].get("real data", {})
+    names, titles = compared(done)
+    rows = [["best / median / worst", "runs", *titles]]
     for model, pairs in by_model(done).items():
         ended = [result["metrics"] for run, result in pairs if run.path not in diverged]
         rows.append([model, f"{len(ended)} of {len(pairs)}"])
@@ -111,6 +122,45 @@ def spread(done, diverged=()):
             found.sort(key=partial(tables.cost, name, real=real.get(name)))
             shown = [found[i] for i in (0, (len(found) - 1) // 2, -1)] if found else []
             rows[-1].append(" / ".join(format(value, tables.METRICS[name].form) for value in shown) or "–")
+    return rows
+
+
+def over_seeds(done, diverged=()):
+    """For each model and rate the mean ± standard deviation over its seeds; without what diverged."""
+    (names, titles), groups = compared(done), defaultdict(list)
+    for run, result in done:
+        if run.path not in diverged:
+            groups[f"{run.name}, learning rate {run.config.lr:g}"].append(result["metrics"])
+    rows = [["mean ± standard deviation", "runs", *titles]]
+    for title, ended in groups.items():
+        rows.append([title, str(len(ended))])
+        for name in names:
+            found = [measured[name] for measured in ended if name in measured]
+            numbers = [mean(found)] if found else []
+            numbers += [stdev(found)] if len(found) > 1 else []
+            rows[-1].append(" ± ".join(format(x, tables.METRICS[name].form) for x in numbers) or "–")
+    return rows
+
+
+def critic_rows(done, data, seeds=3):
+    """For each model's best run W of as many independent critics, each on samples of its own.
+
+    Their standard deviation is what the measure itself varies by.
+    """
+    from tools.evaluation import Subject, critic, seeded
+    from tools.runs import draw_z, samples
+
+    rows = [["W of independent critics", "run", *map(str, range(seeds)), "standard deviation"]]
+    for model, pairs in by_model(done).items():
+        pairs = [pair for pair in pairs if "critic" in pair[1]["metrics"]]
+        if not pairs:
+            continue
+        (run, _), values = min(pairs, key=lambda pair: pair[1]["metrics"]["critic"]), []
+        for seed in range(seeds):
+            x = samples(run, draw_z(run, data.options.n, seed), data.options.batch_size)
+            with seeded(seed):
+                values.append(critic(Subject(run, x), data)["critic"])
+        rows.append([model, run.path.name, *(f"{value:.3f}" for value in (*values, stdev(values)))])
     return rows
 
 
@@ -178,11 +228,14 @@ def check(study, name, options, complain):
     measured.data_dir, measured.device = options.data_dir, options.device
     measured.runs = [folder / title for title in runs]
     opened = [run for group in evaluation.opened(measured, complain).values() for run in group]
-    _, done = evaluation.evaluate_group(opened, measured, complain) if opened else (None, [])
+    data, done = evaluation.evaluate_group(opened, measured, complain) if opened else (None, [])
     if done:
         path = Path(options.out) / f"study-{name}.png"
         print(f"{name}, {path}", tables.text(done), sep="\n\n", flush=True)
         print(tables.aligned(spread(done, diverged)), end="\n\n")
+        print(tables.aligned(over_seeds(done, diverged)), end="\n\n")
+        if "independent critic" in study.stages:
+            print(tables.aligned(critic_rows(done, data)), end="\n\n")
         print(tables.aligned(gradient_rows(done)), end="\n\n")
         draw(done, path)
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from experiments import along, study, training
-from tools import classifier, evaluation, figures, report, sync
+from tools import classifier, evaluation, figures, report, runs, sync
 
 FLAGS = ["--dataset", "grid", "--width", "2", "--batch-size", "8", "--log-every", "1"]
 SMALL = study.Study({"wbli": 3, "wgan_gp": 2}, FLAGS, ["modes", "reconstruction"], 50, (1e-3, 2e-3), 2)
@@ -166,6 +166,35 @@ def test_the_spread_of_each_model():
     for _, result in pairs:
         result["references"] = {}
     assert [row[2:] for row in study.spread(pairs, diverged)][0] == ["digit-classifier FID", "label kept"]
+
+
+def test_mean_and_deviation_over_seeds():
+    """Of each model and rate alone; what diverged is left out, one seed has no deviation."""
+    pairs = [done("wbli", seed=seed, fid=fid) for seed, fid in enumerate((3, 1, 8))]
+    pairs += [done("wbli", 2e-3, fid=5, label_kept=0.5), done("wbli", 5e-3, fid=0)]
+    assert study.over_seeds(pairs, [pairs[2][0].path, pairs[-1][0].path]) == [
+        ["mean ± standard deviation", "runs", "digit-classifier FID", "label kept"],
+        ["wbli, learning rate 0.001", "2", "2.00 ± 1.41", "–"],
+        ["wbli, learning rate 0.002", "1", "5.00", "50.0%"],
+    ]
+
+
+def test_what_the_critic_itself_varies_by(monkeypatch):
+    """Of each model's best run, other samples and another critic with each seed."""
+    pairs = [done("wbli", seed=seed, critic=w) for seed, w in enumerate((0.3, 0.1))] + [done("dcgan", fid=1)]
+    data = SimpleNamespace(options=Namespace(n=4, batch_size=2))
+    monkeypatch.setattr(runs, "draw_z", lambda run, n, seed: torch.full((n,), seed))
+    monkeypatch.setattr(runs, "samples", lambda run, z, batch_size: z + 10 * run.config.seed)
+
+    def critic(subject, data):
+        return {"critic": subject.x[0].item() + torch.rand(()).item()}
+
+    monkeypatch.setattr(evaluation, "critic", critic)
+    noise = [torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for seed in range(3)]
+    expected = [10 + seed + part for seed, part in enumerate(noise)]
+    title, row = study.critic_rows(pairs, data)
+    assert title == ["W of independent critics", "run", "0", "1", "2", "standard deviation"]
+    assert row == ["wbli", "wbli-0.001-1", *(f"{w:.3f}" for w in (*expected, np.std(expected, ddof=1)))]
 
 
 def test_the_gradients_of_each_model(monkeypatch):
