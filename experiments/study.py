@@ -147,8 +147,8 @@ def critic_rows(done, data, seeds=3):
 
     Their standard deviation is what the measure itself varies by.
     """
-    from tools.evaluation import Subject, critic, seeded
-    from tools.runs import draw_z, samples
+    from tools.evaluation import Subject, critic
+    from tools.runs import draw_z, samples, seeded
 
     rows = [["W of independent critics", "run", *map(str, range(seeds)), "standard deviation"]]
     for model, pairs in by_model(done).items():
