@@ -77,7 +77,7 @@ OWN_ON_PICTURES = {  # those of commands.txt, chosen on MNIST
 ON_POINTS = {"wbli": 5500, "bigan": 18_000, "wgan_gp": 16_000}  # in some four minutes each, on one core
 ON_PICTURES = {"wbli": 2300, "bigan": 2800, "wgan_gp": 2300}  # in some four minutes, too
 ON_DIGITS = {"wbli": 2300, "bigan": 5600}
-ON_COLORS = {"alpha_gan": 1200, "dcgan": 3000, "wgan_gp": 1000, "age": 1050}  # in some two minutes
+ON_COLORS = {"alpha_gan": 1200, "dcgan": 3000, "wgan_gp": 1000, "age": 1050}  # in some 80 seconds
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 CODES = ["classifier scores", "reconstruction", "representation"]
 SAMPLES = ["classifier scores", "diversity", "independent critic"]
@@ -191,10 +191,9 @@ def draw(done, path):
     """A panel a model, on one scale: filtered norms along its runs, a colour for each learning rate."""
     from tools import figures
 
-    groups = by_model(done)
+    groups, rates, labels = by_model(done), sorted({run.config.lr for run, _ in done}), {}
     figure, panels = figures.axes(1, len(groups))
     for panel, (model, pairs) in zip(panels, groups.items(), strict=True):
-        rates, labels = sorted({run.config.lr for run, _ in pairs}), {}
         if panel is not panels[0]:
             panel.sharey(panels[0])
         for run, _ in pairs:
@@ -205,7 +204,7 @@ def draw(done, path):
                 (line,) = panel.plot(steps, figures.filtered(norms), **style)
                 labels.setdefault(f"{name}, learning rate {run.config.lr:g}", line)
         panel.set(xlabel="step", yscale="log", title=f"{model}: norms of the gradients")
-        panel.legend(labels.values(), labels, fontsize="xx-small")
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=len(rates))
     figures.save(figure, path)
 
 
