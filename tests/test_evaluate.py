@@ -475,6 +475,16 @@ def test_another_set_or_size_has_another_classifier(bands, tmp_path, monkeypatch
     assert len(list(folder.glob("classifier-*.pt"))) == 2
 
 
+@pytest.mark.parametrize("name", ["VERSION", "EPOCHS", "BATCH", "LR"])
+def test_what_was_trained_in_another_way_is_not_taken(name, bands, tmp_path, monkeypatch):
+    """A classifier of one epoch in the cache would change every FID by a quarter, unseen."""
+    monkeypatch.setattr(classifier, "trained", lambda untrained, *_: untrained.eval())
+    classifier.classifier_for(str(bands), tmp_path, PIXELS, "cpu")
+    monkeypatch.setattr(classifier, name, 2 * getattr(classifier, name))
+    classifier.classifier_for(str(bands), tmp_path, PIXELS, "cpu")
+    assert len(list((tmp_path / "cache").glob("classifier-*.pt"))) == 2
+
+
 def test_a_classifier_that_cannot_be_kept(bands, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError("no space left")
