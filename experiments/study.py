@@ -191,7 +191,8 @@ def draw(done, path):
     """A panel a model, on one scale: filtered norms along its runs, a colour for each learning rate."""
     from tools import figures
 
-    groups, rates, labels = by_model(done), sorted({run.config.lr for run, _ in done}), {}
+    groups, labels = by_model(done), {}
+    rates = sorted({run.config.lr for run, _ in done})
     figure, panels = figures.axes(1, len(groups))
     for panel, (model, pairs) in zip(panels, groups.items(), strict=True):
         if panel is not panels[0]:

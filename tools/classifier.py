@@ -84,7 +84,7 @@ def classifier_for(dataset, data_dir, image_size, device):
         raise ValueError(f"{dataset} has no labels to train a classifier on")
     digest = hashlib.sha256(x.numpy())
     digest.update(y.numpy())
-    digest.update(repr((EPOCHS, BATCH, LR)).encode())  # one that was trained less does not pass for this
+    digest.update(repr((EPOCHS, BATCH, LR)).encode())  # one trained in another way is another one
     name = f"classifier-{Path(dataset).name}-{image_size}-{VERSION}-{digest.hexdigest()[:16]}.pt"
     file, classifier = Path(data_dir).expanduser() / "cache" / name, Classifier(x.shape[1:], int(y.max()) + 1)
     if file.exists():
