@@ -1,7 +1,7 @@
 """python -m experiments.claims [lines|gaussians|depth|momentum …]: claims of papers, without a data set.
 
     lines      WGAN, example 1: of two parallel lines EM tells the distance, JS is log 2 at any distance
-    gaussians  WGAN, figure 2: between two Gaussians D saturates; F and LS-GAN's L stay close to linear
+    gaussians  WGAN, figure 2: between two Gaussians D saturates, F stays close to linear; LS-GAN's L beside
     depth      WGAN-GP, figure 1b: clipped, a deep critic's gradients explode or vanish; weights go to ±c
     momentum   WGAN, section 4.2: with momentum the critic's updates turn against the gradient, W blows up
 

@@ -5,9 +5,10 @@
     digits   WBLI and BiGAN on MNIST
     colors   α-GAN, DCGAN, WGAN-GP and AGE on color_mnist, at four learning rates
 
-Each model has its own networks and, unless rates are named, its own settings; all models of a study train for
-about the same time on a CPU. Every training is a run of the model file, with the norms of the gradients of
-generator and encoder as two more columns of metrics.csv; the same command goes on with what was stopped.
+Each model has its own networks and, unless rates are named, its own settings, but on stacked MNIST the same
+z; all models of a study train for about the same time on a CPU. Every training is a run of the model file,
+with the norms of the gradients of generator and encoder as two more columns of metrics.csv; the same
+command goes on with what was stopped.
 Prints the table of tools.evaluate, each model's spread over its runs and over its seeds, how much the
 independent critic itself varies, and the gradients along the runs; draws study-<name>.png.
 """
@@ -58,8 +59,8 @@ class Study:
 
 OFTEN = ["--width", "16", "--log-every", "10", "--save-every", "100"]
 GRID = ["--dataset", "grid", *OFTEN]
-STACKED = ["--dataset", "stacked_mnist", "--z-dim", "16", *OFTEN]
-DIGITS = ["--dataset", "mnist", "--z-dim", "16", *OFTEN]
+STACKED = ["--dataset", "stacked_mnist", "--z-dim", "16", *OFTEN]  # WBLI's z for all
+DIGITS = ["--dataset", "mnist", *OFTEN]
 COLORS = ["--dataset", "color_mnist", *OFTEN]
 OWN_ON_POINTS = {  # the best of four settings each
     "wbli": ["--lr", "2e-3"],

@@ -310,6 +310,17 @@ def test_the_pages_know_every_tool_and_flag(folder):
         assert unnamed(flags_of(path), text) == [], path
 
 
+@pytest.mark.parametrize("case", [*MODELS, "gm_wae --objective vae", "semi_gan --supervised"])
+def test_the_pages_explain_every_number_that_is_logged(case, start):
+    name, *flags = case.split()
+    flags += ["--labels", "50"] if name == "semi_gan" else []
+    page = (ROOT / "docs/running.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"\*\*(\S+?)\*\*", page.split("## Reading the numbers")[1]))
+    run = start(import_module(name), [1, 16, 16], *flags)
+    assert "…_loss" in explained
+    assert {number for number in run.iteration() if not number.endswith("_loss")} <= explained
+
+
 def commands():
     """[(model, flags)] of every command that the pages and docstrings show."""
     texts = [prose(), *(TEXT[model] for model in MODELS)]
