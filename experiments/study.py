@@ -1,14 +1,13 @@
 """python -m experiments.study [points|stacked|digits|colors …]: models against each other, seed by seed.
 
     points   WBLI, BiGAN and WGAN-GP on the grid of 25 Gaussians
-    stacked  the same three on stacked MNIST with its 1 000 modes
+    stacked  the same three on stacked MNIST with its 1 000 modes, at three learning rates
     digits   WBLI and BiGAN on MNIST
     colors   α-GAN, DCGAN, WGAN-GP and AGE on color_mnist, at four learning rates
 
-Each model has its own networks and, unless rates are named, its own settings, but on stacked MNIST the same
-z; all models of a study train for about the same time on a CPU. Every training is a run of the model file,
-with the norms of the gradients of generator and encoder as two more columns of metrics.csv; the same
-command goes on with what was stopped.
+Each model has its own networks and, unless rates are named, its own settings; all models of a study train
+for about the same time on a CPU. Every training is a run of the model file, with the norms of the gradients
+of generator and encoder as two more columns of metrics.csv; the same command goes on with what was stopped.
 Prints the table of tools.evaluate, each model's spread over its runs and over its seeds, how much the
 independent critic itself varies, and the gradients along the runs; draws study-<name>.png.
 """
@@ -59,7 +58,7 @@ class Study:
 
 OFTEN = ["--width", "16", "--log-every", "10", "--save-every", "100"]
 GRID = ["--dataset", "grid", *OFTEN]
-STACKED = ["--dataset", "stacked_mnist", "--z-dim", "16", *OFTEN]  # WBLI's z for all
+STACKED = ["--dataset", "stacked_mnist", *OFTEN]
 DIGITS = ["--dataset", "mnist", *OFTEN]
 COLORS = ["--dataset", "color_mnist", *OFTEN]
 OWN_ON_POINTS = {  # the best of four settings each
@@ -76,7 +75,7 @@ OWN_ON_PICTURES = {  # those of commands.txt, chosen on MNIST
     "age": ["--z-dim", "16"],
 }
 ON_POINTS = {"wbli": 5500, "bigan": 18_000, "wgan_gp": 16_000}  # in some four minutes each, on one core
-ON_PICTURES = {"wbli": 2300, "bigan": 2800, "wgan_gp": 2300}  # in some four minutes, too
+ON_STACKED = {"wbli": 1400, "bigan": 1800, "wgan_gp": 1400}  # in some two and a half minutes
 ON_DIGITS = {"wbli": 2300, "bigan": 5600}
 ON_COLORS = {"alpha_gan": 1200, "dcgan": 3000, "wgan_gp": 1000, "age": 1050}  # in some 80 seconds
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
@@ -84,7 +83,7 @@ CODES = ["classifier scores", "reconstruction", "representation"]
 SAMPLES = ["classifier scores", "diversity", "independent critic"]
 STUDIES = {
     "points": Study(ON_POINTS, GRID, ["modes", "reconstruction"], 2500, own=OWN_ON_POINTS, falling=True),
-    "stacked": Study(ON_PICTURES, STACKED, ["classifier scores"], 26_000, own=OWN_ON_PICTURES, falling=True),
+    "stacked": Study(ON_STACKED, STACKED, CODES[:1], 26_000, RATES[:3], own=OWN_ON_PICTURES, falling=True),
     "digits": Study(ON_DIGITS, DIGITS, CODES, 10_000, own=OWN_ON_PICTURES, falling=True),
     "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, RATES, own=OWN_ON_PICTURES, falling=True),
 }
