@@ -83,7 +83,9 @@ CODES = ["classifier scores", "reconstruction", "representation"]
 SAMPLES = ["classifier scores", "diversity", "independent critic"]
 STUDIES = {
     "points": Study(ON_POINTS, GRID, ["modes", "reconstruction"], 2500, own=OWN_ON_POINTS, falling=True),
-    "stacked": Study(ON_STACKED, STACKED, CODES[:1], 26_000, RATES[:3], own=OWN_ON_PICTURES, falling=True),
+    "stacked": Study(
+        ON_STACKED, STACKED, ["classifier scores"], 26_000, RATES[:3], own=OWN_ON_PICTURES, falling=True
+    ),
     "digits": Study(ON_DIGITS, DIGITS, CODES, 10_000, own=OWN_ON_PICTURES, falling=True),
     "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, RATES, own=OWN_ON_PICTURES, falling=True),
 }
