@@ -11,7 +11,8 @@ of codes, from N(0, I); on the sphere of d dimensions it is at least ½(1/d + lo
 Differs from the paper:
     Δ         a mean over dimensions, as in the authors' code, which has s² where σ should be
     λ         500, of a mean square over dimensions: the authors' 1000, of a mean product
-    networks  DCGAN's; z 64, theirs for CelebA; their rate is halved every 40 epochs
+    networks  DCGAN's; z 64, theirs for CelebA; their rate is halved every 40 epochs. The running
+              statistics of E's batch norm are of data alone, theirs of samples, too
 
     python age.py --dataset mnist --z-dim 16
     python age.py --width 16 --z-dim 16 --lr 1e-3 --steps 700    # minutes on a CPU, without a download
@@ -189,11 +190,21 @@ def build(config, train_set, test_set):
             optimizers[name].step()
             optimizers[name].zero_grad()
 
+    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def encode_fakes(x_fake):
+        for norm in norms:  # its running statistics, those of eval mode, are of data alone
+            norm.track_running_stats = False
+        z_rec = encoder(x_fake)
+        for norm in norms:
+            norm.track_running_stats = True
+        return z_rec
+
     def encoder_step():
         x = sample_batch(x_train, n, device)
         with torch.no_grad():
             x_fake = generator(draw_z(n, config, device))
-        z_hat, z_rec = encoder(x), encoder(x_fake)
+        z_hat, z_rec = encoder(x), encode_fakes(x_fake)
         x_rec = generator(z_hat)
         update(encoder_loss(x, x_rec, z_hat, z_rec, config.rec_weight), "encoder")
         return {
@@ -204,7 +215,7 @@ def build(config, train_set, test_set):
 
     def generator_step():
         z = draw_z(n, config, device)
-        z_rec = encoder(generator(z))
+        z_rec = encode_fakes(generator(z))
         update(generator_loss(z, z_rec, config.code_weight), "generator")
         return {"code_error": F.mse_loss(z_rec.detach(), z)}
 
