@@ -2,8 +2,8 @@
 
 Figures 3 and 4 of WGAN: does W tell the quality of samples, and JS not? Each run is trained in chunks; each
 leaves a checkpoint, whose samples are measured. The answer is Spearman's correlation of FID and the logged
-estimate over the second half of the checkpoints, each with its linear trend removed, as two numbers that
-only fall are correlated without a reason. Draws along.png.
+estimate, over the whole run and over its second half, there with the linear trend of each removed, as two
+numbers that only fall are correlated without a reason. Draws along.png.
 """
 
 import shlex
@@ -47,13 +47,13 @@ def measured(checkpoints, path, options):
     return found
 
 
-def correlation(a, b):
-    """Spearman's, over the second half of both, without their linear trends."""
+def correlations(a, b):
+    """Spearman's, over the whole of both, and over their second halves without their linear trends."""
     from scipy.signal import detrend
     from scipy.stats import spearmanr
 
     half = len(a) // 2
-    return float(spearmanr(detrend(a[half:]), detrend(b[half:]))[0])
+    return float(spearmanr(a, b)[0]), float(spearmanr(detrend(a[half:]), detrend(b[half:]))[0])
 
 
 def draw(found_of, fid, path):
@@ -94,7 +94,8 @@ def main(argv=None):
     from experiments.training import chunks
 
     places = ["--data-dir", options.data_dir, "--device", options.device.type]
-    rows = [["run", "checkpoints", f"{title('fid', options.dataset)}, last", "logged", "correlation"]]
+    head = ["run", "checkpoints", f"{title('fid', options.dataset)}, last", "logged"]
+    rows = [[*head, "correlation over the run", "of its second half, trend removed"]]
     found_of = {}
     with parser.mistakes():
         for name in models:
@@ -104,9 +105,10 @@ def main(argv=None):
                 pieces = chunks(name, flags, options.out / run, options.steps, options.every)
                 found = found_of[run] = measured(pieces, options.out / run, options)
                 estimate = next(iter(found.keys() & set(ESTIMATES)), None)
-                number = f"{correlation(found['fid'], found[estimate]):.2f}" if estimate else "–"
+                both = correlations(found["fid"], found[estimate]) if estimate else ()
+                numbers = [f"{number:.2f}" for number in both] or ["–", "–"]
                 last = f"{found['fid'][-1]:.2f}"
-                rows.append([run, str(len(found["step"])), last, estimate or "–", number])
+                rows.append([run, str(len(found["step"])), last, estimate or "–", *numbers])
         draw(found_of, title("fid", options.dataset), options.out / "along.png")
     print(aligned(rows))
     parser.sign(options.device)

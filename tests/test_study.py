@@ -293,11 +293,13 @@ def test_what_only_falls_is_not_correlated():
     """Two falling lines with noise of their own; and one that follows the other's noise."""
     line, rng = np.linspace(9, 0, 80), np.random.default_rng(0)
     noise = rng.standard_normal(80)
-    assert abs(along.correlation(line + noise, line + rng.standard_normal(80))) < 0.35
-    assert along.correlation(line + noise, 2 * line + noise**3) > 0.95
-    assert along.correlation(line + noise, 2 * line - noise) < -0.95
+    whole, second_half = along.correlations(line + noise, line + rng.standard_normal(80))
+    assert whole > 0.8 and abs(second_half) < 0.35
+    assert along.correlations(line + noise, 2 * line + noise**3)[1] > 0.95
+    assert along.correlations(line + noise, 2 * line - noise)[1] < -0.95
+    assert along.correlations(line, -(line**3))[0] == -1
     early = np.where(np.arange(80) < 40, 100 * noise, noise)
-    assert along.correlation(early, noise) > 0.99  # the first half does not count
+    assert along.correlations(early, noise)[1] > 0.99  # the first half does not count
 
 
 def test_along_a_run(tmp_path, monkeypatch, capsys):
@@ -308,6 +310,7 @@ def test_along_a_run(tmp_path, monkeypatch, capsys):
     along.main(["wgan", *flags, *more, *places])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert (rows[1][0], rows[1][1], rows[1][3]) == ("wgan-0", "6", "W")
+    assert all(-1 <= float(number) <= 1 for number in rows[1][4:]) and len(rows[1]) == 6
     with pytest.raises(SystemExit):
         along.main(["wgann", *flags, *more, *places])
     assert "wgann is no model" in capsys.readouterr().err
