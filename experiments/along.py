@@ -57,18 +57,18 @@ def correlations(a, b):
 
 
 def draw(found_of, fid, path):
-    """A panel a run: FID over steps and, on an axis of its own, what was logged."""
+    """A panel a run: FID over steps and, on an axis of its own, what was logged; axes name the colours."""
     from tools import figures
 
     figure, panels = figures.panels_of(len(found_of))
     for panel, (run, found) in zip(panels, found_of.items(), strict=True):
-        lines = panel.plot(found["step"], found["fid"], "o-", color="C0", label=fid)
+        panel.plot(found["step"], found["fid"], "o-", color="C0")
+        panel.set(title=run, xlabel="step")
+        panel.set_ylabel(fid, color="C0")
         for name in found.keys() & set(ESTIMATES):
             other = panel.twinx()
-            lines += other.plot(found["step"], found[name], "s--", color="C1", label=name)
-            other.set_ylabel(name)
-        panel.set(title=run, xlabel="step", ylabel=fid)
-        panel.legend(handles=lines, fontsize="x-small")
+            other.plot(found["step"], found[name], "s--", color="C1")
+            other.set_ylabel(name, color="C1")
     figures.save(figure, path)
 
 

@@ -362,9 +362,7 @@ def test_every_model_has_a_command_with_flags_that_it_takes():
         module = import_module(model)
         config, small = (module.parse_args([*flags, "--device", "cpu"]) for flags in (full, full + quick))
         assert config.dataset == small.dataset == "mnist"
-        assert small.width < config.width
-        cost, full_cost = (of.width * of.steps * of.batch_size for of in (small, config))
-        assert cost < full_cost
+        assert small.width < config.width and small.batch_size <= config.batch_size
 
 
 @pytest.mark.parametrize("mode", [[], ["--quick"]], ids=str)
