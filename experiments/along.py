@@ -53,7 +53,9 @@ def correlations(a, b):
     from scipy.stats import spearmanr
 
     half = len(a) // 2
-    return float(spearmanr(a, b)[0]), float(spearmanr(detrend(a[half:]), detrend(b[half:]))[0])
+    whole = spearmanr(a, b)
+    second_half = spearmanr(detrend(a[half:]), detrend(b[half:]))
+    return float(whole[0]), float(second_half[0])
 
 
 def draw(found_of, fid, path):
@@ -105,8 +107,9 @@ def main(argv=None):
                 pieces = chunks(name, flags, options.out / run, options.steps, options.every)
                 found = found_of[run] = measured(pieces, options.out / run, options)
                 estimate = next(iter(found.keys() & set(ESTIMATES)), None)
-                both = correlations(found["fid"], found[estimate]) if estimate else ()
-                numbers = [f"{number:.2f}" for number in both] or ["–", "–"]
+                numbers = ["–", "–"]
+                if estimate:
+                    numbers = [f"{number:.2f}" for number in correlations(found["fid"], found[estimate])]
                 last = f"{found['fid'][-1]:.2f}"
                 rows.append([run, str(len(found["step"])), last, estimate or "–", *numbers])
         draw(found_of, title("fid", options.dataset), options.out / "along.png")

@@ -160,9 +160,9 @@ def test_running_statistics_of_the_encoder_are_of_data_alone(start):
         run.iteration()
     for x in run.draws["x"]:
         alone(x)
-    names = [name for name, _ in alone.named_buffers()]
-    assert names and len(run.draws["x"]) == 3
-    for name, expected in alone.named_buffers():
+    buffers = dict(alone.named_buffers())
+    assert buffers and len(run.draws["x"]) == 3
+    for name, expected in buffers.items():
         assert_close(run.nets["encoder"].get_buffer(name), expected, rtol=1e-4, atol=1e-5)
 
 
