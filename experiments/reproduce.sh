@@ -2,7 +2,7 @@
 # Trains all models on MNIST with the commands of commands.txt, then writes the table and the pictures.
 #
 #     experiments/reproduce.sh            the full settings, for a GPU
-#     experiments/reproduce.sh --quick    smaller networks: 3 to 60 minutes a model on one CPU core
+#     experiments/reproduce.sh --quick    smaller networks: 3 to 80 minutes a model on one CPU core
 #
 # DATA names the folder with the data sets (data), OUT that of the runs and the report (reproduce,
 # reproduce-quick). What is there already goes on where it was, or is left alone if it is finished.
