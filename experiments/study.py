@@ -206,7 +206,7 @@ def draw(done, path):
                 style = {"color": f"C{rates.index(run.config.lr)}", "linewidth": 1}
                 style["linestyle"] = "-" if name == "generator" else "--"
                 (line,) = panel.plot(steps, figures.filtered(norms), **style)
-                labels.setdefault(f"{name}, learning rate {run.config.lr:g}", line)
+                labels.setdefault(f"{name}, rate {run.config.lr:g}", line)
         panel.set(xlabel="step", yscale="log", title=f"{model}: norms of the gradients")
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=len(rates))
     figures.save(figure, path)
