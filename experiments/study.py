@@ -79,13 +79,13 @@ ON_STACKED = {"wbli": 1400, "bigan": 1800, "wgan_gp": 1400}  # in some two and a
 ON_DIGITS = {"wbli": 2300, "bigan": 5600}
 ON_COLORS = {"alpha_gan": 1200, "dcgan": 3000, "wgan_gp": 1000, "age": 1050}  # in some 80 seconds
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
-HIGHER = (*RATES, 4e-3, 8e-3)
+MORE_RATES = (*RATES, 4e-3, 8e-3)
 CODES = ["classifier scores", "reconstruction", "representation"]
 SAMPLES = ["classifier scores", "diversity", "independent critic"]
 STUDIES = {
     "points": Study(ON_POINTS, GRID, ["modes", "reconstruction"], 2500, own=OWN_ON_POINTS, falling=True),
     "stacked": Study(
-        ON_STACKED, STACKED, ["classifier scores"], 26_000, HIGHER, own=OWN_ON_PICTURES, falling=True
+        ON_STACKED, STACKED, ["classifier scores"], 26_000, MORE_RATES, own=OWN_ON_PICTURES, falling=True
     ),
     "digits": Study(ON_DIGITS, DIGITS, CODES, 10_000, own=OWN_ON_PICTURES, falling=True),
     "colors": Study(ON_COLORS, COLORS, SAMPLES, 10_000, RATES, own=OWN_ON_PICTURES, falling=True),
